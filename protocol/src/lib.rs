@@ -1,0 +1,10 @@
+//! The sans-io core of Isobar.
+//!
+//! State machines and codecs that the server, the browser client and the simulator share. Nothing here does
+//! input or output: no sockets, no clock, no randomness, no logging, no `async`. Time, where it matters, is an
+//! argument; what must happen next is a return value. The crate compiles for wasm32.
+//!
+//! The dependency direction is [`ids`] and [`config`] → wire formats → change graph → session.
+
+pub mod config;
+pub mod ids;
