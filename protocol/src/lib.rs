@@ -6,5 +6,14 @@
 //!
 //! The dependency direction is [`ids`] and [`config`] → wire formats → change graph → session.
 
+pub mod bloom;
+mod census;
+pub mod change;
+pub mod chunk;
 pub mod config;
 pub mod ids;
+mod leb128;
+pub mod sync_message;
+pub mod wire;
+
+pub use leb128::{ReadError, ReadProblem};
