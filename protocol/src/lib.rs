@@ -6,13 +6,16 @@
 //!
 //! The dependency direction is [`ids`] and [`config`] → wire formats → change graph → session.
 
+pub mod base;
 pub mod bloom;
 mod census;
 pub mod change;
 pub mod chunk;
 pub mod config;
+pub mod graph;
 pub mod ids;
 mod leb128;
+pub mod session;
 pub mod sync_message;
 pub mod wire;
 
