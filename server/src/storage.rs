@@ -33,8 +33,15 @@
 //! 11. **Independent documents.** No call about one document reads or locks another's rows, except that appends
 //!     share the origin's counter.
 
+mod failure;
 mod log_run;
 pub mod memory;
+pub mod postgres;
+mod schema;
+pub mod sqlite;
+
+use std::path::Path;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -223,6 +230,22 @@ pub trait Storage: Send + Sync + 'static {
 
     /// Finishes what is under way and closes. Later calls fail.
     async fn close(&self);
+}
+
+/// Opens the storage that `url` names: `sqlite:PATH` or `postgres://…`. Migrates it (clause 9).
+pub async fn open(url: &str) -> Result<Arc<dyn Storage>, StorageError> {
+    if let Some(path) = url.strip_prefix("sqlite:") {
+        let path = path.strip_prefix("//").unwrap_or(path);
+        if path.is_empty() || path == ":memory:" {
+            return Err(StorageError::Fatal("sqlite: must be followed by the path of a file".into()));
+        }
+        return Ok(Arc::new(sqlite::SqliteStorage::open(Path::new(path)).await?));
+    }
+    if url.starts_with("postgres://") || url.starts_with("postgresql://") {
+        return Ok(Arc::new(postgres::PostgresStorage::connect(url).await?));
+    }
+    // Not quoted: what was meant as a URL may hold a password.
+    Err(StorageError::Fatal("the database must be sqlite:PATH or postgres://…".into()))
 }
 
 /// A region's storage id, made at random as automerge-repo makes its own.
