@@ -1,5 +1,5 @@
 // A new, empty database for each test: a SQLite file, or a database on the Postgres server whose address is
-// in `ISOBAR_TEST_POSTGRES_URL`.
+// in `ISOBAR_TEST_DATABASE_URL`.
 
 import { execFile } from "node:child_process";
 import { randomUUID } from "node:crypto";
@@ -9,14 +9,14 @@ import { join } from "node:path";
 import { promisify } from "node:util";
 
 const run = promisify(execFile);
-const postgres = process.env.ISOBAR_TEST_POSTGRES_URL;
+const postgres = process.env.ISOBAR_TEST_DATABASE_URL;
 
 /** Each kind of database with the reason why it cannot be tested here, if there is one. */
 export const kinds = {
   sqlite: { create: createSqlite, missing: undefined },
   postgres: {
     create: createPostgres,
-    missing: postgres ? undefined : "ISOBAR_TEST_POSTGRES_URL is not set",
+    missing: postgres ? undefined : "ISOBAR_TEST_DATABASE_URL is not set",
   },
 };
 

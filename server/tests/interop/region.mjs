@@ -15,6 +15,10 @@ const LOG_LINES_KEPT = 60;
 const binary =
   process.env.ISOBAR_BINARY ?? fileURLToPath(new URL("../../../target/debug/isobar", import.meta.url));
 
+// When the test's process ends early, nothing it started stays behind.
+const running = new Set();
+process.once("exit", () => running.forEach(child => child.kill("SIGKILL")));
+
 function command(database, port) {
   return [
     binary,
@@ -59,8 +63,8 @@ export class Region {
     const [program, ...args] = command(this.#database, this.#port);
     const child = spawn(program, args, { stdio: ["ignore", "pipe", "pipe"] });
     this.#process = child;
-    // Also when the test's process ends early, nothing it started stays behind.
-    process.once("exit", () => child.kill("SIGKILL"));
+    running.add(child);
+    child.once("exit", () => running.delete(child));
     createInterface({ input: child.stderr }).on("line", line => this.#remember(line));
     this.#port = await this.#listeningPort(child);
     return this;
