@@ -10,6 +10,7 @@ pub mod bloom;
 mod census;
 pub mod change;
 pub mod chunk;
+mod columns;
 pub mod config;
 pub mod ids;
 mod leb128;
