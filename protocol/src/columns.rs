@@ -81,10 +81,7 @@ impl Headers {
     }
 
     /// Takes the columns' bytes.
-    pub fn columns<'a>(
-        self,
-        reader: &mut Reader<'a>,
-    ) -> Result<SmallVec<[Column<'a>; 16]>, ReadError> {
+    pub fn columns<'a>(self, reader: &mut Reader<'a>) -> Result<SmallVec<[Column<'a>; 16]>, ReadError> {
         self.0
             .into_iter()
             .map(|(specification, length)| {
@@ -280,6 +277,10 @@ impl<R: Runs> Lane<R> {
         Self { runs: None, current: Run { count: u64::MAX, value: None } }
     }
 
+    pub fn is_absent(&self) -> bool {
+        self.runs.is_none()
+    }
+
     /// How many more rows have the present value; zero at the end of the column.
     pub fn available(&mut self) -> Result<u64, ReadError> {
         if self.current.count == 0
@@ -305,7 +306,7 @@ impl<R: Runs> Lane<R> {
 
     /// Whether the column has ended, or was never there.
     pub fn is_at_end(&mut self) -> Result<bool, ReadError> {
-        Ok(self.runs.is_none() || self.available()? == 0)
+        Ok(self.is_absent() || self.available()? == 0)
     }
 }
 

@@ -5,3 +5,9 @@
 mod authors;
 #[path = "decoders/changes.rs"]
 mod changes;
+#[path = "decoders/chunk_census.rs"]
+mod chunk_census;
+#[path = "decoders/frames.rs"]
+mod frames;
+#[path = "decoders/sync_messages.rs"]
+mod sync_messages;

@@ -8,7 +8,9 @@
 //! - Actor indexes are within the change's list, and each listed actor is used.
 //! - An operation refers only to operations with a smaller counter, and counters are at least 1.
 //! - Values have the form that their type calls for, and use up the column of values.
-//! - Inserts have an element as key; only inserts may stand at the head; a deletion has something to delete and no value.
+//! - Inserts have an element as key; only inserts may stand at the head.
+//! - Only what puts, increments or begins a mark has a value, only marks have names, and a deletion has something to
+//!   delete.
 //!
 //! Whether the operations that are referred to exist is not known here: that takes the document.
 
@@ -34,11 +36,16 @@ mod name {
     pub const MARK_NAME: u32 = 165;
 }
 
-/// Action numbers with rules of their own; the others make objects, put values or set marks.
+/// What an operation does.
 mod action {
+    pub const MAKE_MAP: u64 = 0;
+    pub const PUT: u64 = 1;
+    pub const MAKE_LIST: u64 = 2;
     pub const DELETE: u64 = 3;
+    pub const MAKE_TEXT: u64 = 4;
     pub const INCREMENT: u64 = 5;
-    pub const LAST: u64 = 7;
+    pub const MAKE_TABLE: u64 = 6;
+    pub const MARK: u64 = 7;
 }
 
 /// The low four bits of a value's type.
@@ -151,6 +158,8 @@ struct Walk<'a> {
     predecessor_counter: DeltaLane<'a>,
     expand: Lane<BooleanRuns<'a>>,
     mark_name: Lane<ValueRuns<'a, &'a str>>,
+    /// Whether an operation so far has had the expand bit.
+    any_expands: bool,
     actors: Actors,
     /// How many more predecessors are allowed.
     predecessors_left: u64,
@@ -182,6 +191,7 @@ impl<'a> Walk<'a> {
             predecessor_counter: delta(name::PREDECESSOR_COUNTER),
             expand: boolean(name::EXPAND),
             mark_name: text(name::MARK_NAME),
+            any_expands: false,
             actors: Actors::new(context),
             predecessors_left: context.operations_max,
         })
@@ -251,6 +261,10 @@ impl<'a> Walk<'a> {
                 return refuse(column, ColumnProblem::Count);
             }
         }
+        // Automerge leaves the column out if nothing expands.
+        if !self.expand.is_absent() && !self.any_expands {
+            return refuse(name::EXPAND, ColumnProblem::Empty);
+        }
         match self.actors.all_used() {
             true => Ok(()),
             false => Err(ChangeError::UnusedActor),
@@ -294,23 +308,26 @@ impl<'a> Walk<'a> {
     }
 
     fn check_action(&mut self) -> Result<(), ChangeError> {
-        let action = match self.action.value() {
-            Some(action) if action <= action::LAST => action,
+        let insert = self.insert.value() == Some(true);
+        let expand = self.expand.value() == Some(true);
+        let named = self.mark_name.value().is_some();
+        let plain = !expand && !named;
+        let kind = self.value_type.value().map(|value| value & 0b1111);
+        let null = kind == Some(value::NULL);
+        let fits = match self.action.value() {
+            Some(action::MAKE_MAP | action::MAKE_LIST | action::MAKE_TEXT | action::MAKE_TABLE) => {
+                plain && null
+            }
+            Some(action::PUT) => plain,
+            Some(action::DELETE) => plain && null && !insert && self.predecessors.value() != Some(0),
+            Some(action::INCREMENT) => {
+                plain && !insert && matches!(kind, Some(value::UNSIGNED | value::SIGNED))
+            }
+            // Without a name it ends a mark, which takes no value.
+            Some(action::MARK) => insert && (named || null),
             _ => return refuse(name::ACTION, ColumnProblem::Action),
         };
-        let kind = self.value_type.value().map(|value| value & 0b1111);
-        let insert = self.insert.value() == Some(true);
-        let fits = match action {
-            action::INCREMENT => !insert && matches!(kind, Some(value::UNSIGNED | value::SIGNED)),
-            action::DELETE => {
-                !insert
-                    && self.value_type.value() == Some(value::NULL)
-                    && self.predecessors.value() != Some(0)
-                    && self.expand.value() != Some(true)
-                    && self.mark_name.value().is_none()
-            }
-            _ => true,
-        };
+        self.any_expands |= expand;
         match fits {
             true => Ok(()),
             false => refuse(name::ACTION, ColumnProblem::Value),

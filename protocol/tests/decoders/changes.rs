@@ -1,8 +1,6 @@
 //! Changes: equal to what automerge reads, and never more lenient than it.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
-
-use automerge::{Automerge, ReadDoc};
+use automerge::legacy::OpType;
 use bytes::Bytes;
 use isobar_protocol::change::Change;
 use isobar_protocol::chunk::{Chunk, chunks};
@@ -33,8 +31,8 @@ fn hashes(list: &[automerge::ChangeHash]) -> Vec<[u8; 32]> {
     list.iter().map(|hash| hash.0).collect()
 }
 
-/// A change chunk around these contents, with the checksum and length that belong to them.
-fn sealed(data: &[u8]) -> Bytes {
+/// A chunk around these contents, with the checksum and length that belong to them.
+pub fn sealed_as(kind: u8, data: &[u8]) -> Vec<u8> {
     let mut length = Vec::new();
     let mut rest = data.len();
     while rest >= 0x80 {
@@ -42,9 +40,12 @@ fn sealed(data: &[u8]) -> Bytes {
         rest >>= 7;
     }
     length.push(rest as u8);
-    let hash = Sha256::new().chain_update([1]).chain_update(&length).chain_update(data).finalize();
-    let chunk = [&[0x85, 0x6f, 0x4a, 0x83][..], &hash[..4], &[1], &length, data].concat();
-    chunk.into()
+    let hash = Sha256::new().chain_update([kind]).chain_update(&length).chain_update(data).finalize();
+    [&[0x85, 0x6f, 0x4a, 0x83][..], &hash[..4], &[kind], &length, data].concat()
+}
+
+fn sealed(data: &[u8]) -> Bytes {
+    sealed_as(1, data).into()
 }
 
 fn only_chunk(bytes: &[u8]) -> Chunk {
@@ -72,7 +73,7 @@ proptest! {
     }
 
     #[test]
-    fn what_is_accepted_automerge_accepts_and_can_save(
+    fn what_is_accepted_automerge_accepts_and_would_write(
         script in script(),
         which in any::<prop::sample::Index>(),
         flips in vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
@@ -89,20 +90,17 @@ proptest! {
         let Ok(ours) = Change::decode(mutant.clone(), &Limits::default()) else { return Ok(()) };
         let theirs = automerge::Change::from_bytes(mutant.to_vec()).expect("automerge takes what we take");
         assert_equal(&ours, &theirs);
-        assert_survives_saving(&mut document, &theirs);
+        assert_is_what_automerge_writes(&theirs);
     }
 }
 
-/// If the change applies to what came before it, the document can be saved and loaded again.
-fn assert_survives_saving(document: &mut automerge::AutoCommit, change: &automerge::Change) {
-    let Ok(mut fork) = document.fork_at(change.deps()) else { return };
-    let mut before = fork.document().clone();
-    // What the change refers to may not exist; that is for the document to notice, not for the decoder.
-    let applied = catch_unwind(AssertUnwindSafe(|| before.apply_changes([change.clone()])));
-    if !matches!(applied, Ok(Ok(()))) || before.get_change_by_hash(&change.hash()).is_none() {
-        return;
+/// Automerge rebuilds changes from their values when it loads a document: one that it would write otherwise would then
+/// have lost its hash.
+fn assert_is_what_automerge_writes(change: &automerge::Change) {
+    let expanded = change.decode();
+    // An increment by an unsigned number is kept as such in a document, but not in this expanded form.
+    let increments = expanded.operations.iter().any(|op| matches!(op.action, OpType::Increment(_)));
+    if !increments {
+        assert_eq!(automerge::Change::from(expanded).hash(), change.hash());
     }
-    let saved = before.save();
-    let loaded = Automerge::load(&saved).expect("a saved document loads");
-    assert_eq!(loaded.get_heads(), before.get_heads());
 }
