@@ -9,5 +9,7 @@ mod changes;
 mod chunk_census;
 #[path = "decoders/frames.rs"]
 mod frames;
+#[path = "decoders/hostile.rs"]
+mod hostile;
 #[path = "decoders/sync_messages.rs"]
 mod sync_messages;
