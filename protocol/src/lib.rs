@@ -6,6 +6,7 @@
 //!
 //! The dependency direction is [`ids`] and [`config`] → wire formats → change graph → session.
 
+mod base58;
 pub mod bloom;
 mod census;
 pub mod change;
