@@ -244,8 +244,8 @@ impl World {
     fn server_receives(&mut self, at: usize) -> bool {
         let Some(link) = &mut self.clients[at].link else { return false };
         let Some(bytes) = link.to_server.pop_front() else { return false };
-        self.server.receive(&mut link.session, bytes);
-        self.say(|| format!("server takes from {at}"));
+        self.server.receive(&mut link.session, bytes.clone());
+        self.say(|| format!("server takes from {at}: {}", told(&bytes)));
         true
     }
 
@@ -256,8 +256,8 @@ impl World {
         if v1 {
             assert_readable_by_v1(&bytes);
         }
-        link.to_client.push_back(bytes);
-        self.say(|| format!("server sends to {at}"));
+        link.to_client.push_back(bytes.clone());
+        self.say(|| format!("server sends to {at}: {}", told(&bytes)));
         true
     }
 
@@ -385,6 +385,18 @@ impl World {
         let theirs = newcomer.doc.hydrate(ROOT, None).expect("hydrate");
         assert_eq!(theirs, union.hydrate(None));
     }
+}
+
+/// A message in a few words, for the story of a case.
+fn told(bytes: &[u8]) -> String {
+    use automerge::sync::Message;
+
+    let message = Message::decode(bytes).expect("a message");
+    let short = |hashes: &[ChangeHash]| hashes.iter().map(|it| it.to_string()[..6].to_owned()).collect::<Vec<_>>();
+    let have = message.have.iter().map(|it| (short(&it.last_sync), it.bloom.to_bytes().len())).collect::<Vec<_>>();
+    let sizes = message.changes.iter().map(<[u8]>::len).collect::<Vec<_>>();
+    let (heads, need) = (short(&message.heads), short(&message.need));
+    format!("heads {heads:?} need {need:?} have {have:?} changes {sizes:?} {:?}", message.flags)
 }
 
 fn assert_readable_by_v1(bytes: &[u8]) {
