@@ -15,6 +15,7 @@ pub mod config;
 pub mod graph;
 pub mod ids;
 mod leb128;
+pub mod presence;
 pub mod session;
 pub mod sync_message;
 pub mod wire;
