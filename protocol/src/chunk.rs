@@ -8,7 +8,7 @@ use bytes::Bytes;
 use sha2::{Digest, Sha256};
 
 use crate::ids::ChangeHash;
-use crate::leb128::{ReadError, Reader, unsigned_bytes, write_unsigned};
+use crate::leb128::{ReadError, ReadProblem, Reader, unsigned_bytes, write_unsigned};
 
 pub use crate::census::{Census, census};
 
@@ -33,16 +33,12 @@ pub enum ChunkError {
     /// A compressed column is not valid, or inflates to more than the limit.
     #[error("column {column}: {problem}")]
     Inflation { column: u32, problem: InflationProblem },
-    /// A column's runs are not valid.
-    #[error("column {column} is malformed at byte {at}")]
-    Column { column: u32, at: usize },
+    /// A column's runs are not valid, or claim more values than the limit.
+    #[error("column {column} at byte {at}: {problem}")]
+    Column { column: u32, at: usize, problem: ReadProblem },
     /// Columns out of order, or one twice.
     #[error("column {column} is out of order")]
     ColumnOrder { column: u32 },
-    #[error("{operations} operations, at most {operations_max} are allowed")]
-    Operations { operations: u64, operations_max: u64 },
-    #[error("{changes} changes for {operations} operations")]
-    Changes { changes: u64, operations: u64 },
     /// Bytes are left over after the last field.
     #[error("{0} bytes are left over")]
     Trailing(usize),

@@ -18,6 +18,9 @@ pub enum ReadProblem {
     /// The number does not fit its type, or is above the limit for the field.
     #[error("the number is too large")]
     TooLarge,
+    /// The value is not of a form that Automerge writes.
+    #[error("the value is malformed")]
+    Malformed,
 }
 
 /// A field that could not be read: which one, where, and why. Nothing was changed.

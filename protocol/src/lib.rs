@@ -11,6 +11,7 @@ pub mod bloom;
 mod census;
 pub mod change;
 pub mod chunk;
+mod columns;
 pub mod config;
 pub mod graph;
 pub mod ids;

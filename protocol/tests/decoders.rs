@@ -1,0 +1,15 @@
+//! The decoders against automerge itself: what automerge writes, ours read to equal values, and what ours
+//! accept, automerge accepts as well.
+
+#[path = "decoders/authors.rs"]
+mod authors;
+#[path = "decoders/changes.rs"]
+mod changes;
+#[path = "decoders/chunk_census.rs"]
+mod chunk_census;
+#[path = "decoders/frames.rs"]
+mod frames;
+#[path = "decoders/hostile.rs"]
+mod hostile;
+#[path = "decoders/sync_messages.rs"]
+mod sync_messages;
