@@ -66,3 +66,27 @@ fn changes_before_their_dependencies_are_completed() {
 fn read_only_peers_neither_take_nor_lose() {
     run(600, Weather { read_only: 10, disconnects: 4, merges: 2, ..CALM });
 }
+
+#[test]
+fn bases_are_made_looked_into_and_sent() {
+    run(800, Weather { bases: 12, disconnects: 5, merges: 3, losses: 3, v1: 20, ..CALM });
+}
+
+#[test]
+fn peers_converge_when_everything_happens() {
+    let all = Weather {
+        steps: 100,
+        clients_max: 5,
+        v1: 20,
+        read_only: 3,
+        disconnects: 4,
+        losses: 2,
+        orphans: 4,
+        false_positives: 10,
+        merges: 3,
+        failed_commits: 2,
+        bases: 6,
+        restarts: 2,
+    };
+    run(800, all);
+}

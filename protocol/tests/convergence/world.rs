@@ -290,6 +290,11 @@ impl World {
         }
         self.weather.false_positives = 0;
         self.exchange();
+        if self.server.stored.is_empty() {
+            // An empty document is exchanged differently from one that has something.
+            self.clients[0].edit(&mut self.rng);
+            self.exchange();
+        }
     }
 
     /// Returns the number of messages.
