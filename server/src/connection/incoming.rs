@@ -99,7 +99,7 @@ impl Connection {
         let subscription = &self.subscriptions[slot.0 as usize];
         let quarantined = subscription.document.lock().is_quarantined();
         if message.changes.is_empty() || subscription.session.is_read_only() || quarantined {
-            return Ok(Incoming::new(Vec::new(), None));
+            return Ok(Incoming::none());
         }
         let bytes: usize = message.changes.iter().map(Bytes::len).sum();
         // Before the work, so that a client that floods waits with little held for it.
@@ -108,7 +108,7 @@ impl Connection {
         for entry in &message.changes {
             changes.extend(take_apart(&self.node, entry.clone()).await?);
         }
-        Ok(Incoming::new(changes, Some(permits)))
+        Ok(Incoming::new(changes, permits))
     }
 
     /// Offers changes to the document's graph, some at a time, loading the base's index if they refer to its inside.

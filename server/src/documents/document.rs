@@ -84,12 +84,17 @@ pub struct Incoming {
     changes: std::collections::VecDeque<Change>,
     /// Where those stand that are in the graph now.
     pub positions: Vec<u64>,
-    permits: Option<[Permit; 2]>,
+    permits: Option<Arc<[Permit; 2]>>,
 }
 
 impl Incoming {
-    pub fn new(changes: Vec<Change>, permits: Option<[Permit; 2]>) -> Self {
-        Self { changes: changes.into(), positions: Vec::new(), permits }
+    /// Nothing.
+    pub fn none() -> Self {
+        Self { changes: Default::default(), positions: Vec::new(), permits: None }
+    }
+
+    pub fn new(changes: Vec<Change>, permits: [Permit; 2]) -> Self {
+        Self { changes: changes.into(), positions: Vec::new(), permits: Some(Arc::new(permits)) }
     }
 }
 
@@ -173,8 +178,7 @@ impl Document {
         if end > start {
             let changes = state.graph.changes(start..end);
             let changes = changes.map(|(hash, bytes)| StoredChange { hash, bytes: bytes.clone() }).collect();
-            // The room is given back when the last of the message is durable.
-            let permits = if step == IngestStep::Done { incoming.permits.take() } else { None };
+            let permits = incoming.permits.clone().expect("whoever brings changes has room for them");
             committer.submit(Submission { document: self.clone(), changes, end, permits });
         }
         step
