@@ -102,6 +102,8 @@ struct Subscription {
     last_sent: Instant,
     /// Set while more changes are gathered.
     held: bool,
+    /// Stands in the connection's `dirty`.
+    dirty: bool,
     /// The heads that were last reported to a client that watches this region's storage.
     reported: Vec<ChangeHash>,
 }
@@ -114,7 +116,10 @@ pub struct Connection {
     outbox: Arc<Outbox>,
     subscriptions: Vec<Subscription>,
     slots: HashMap<DocumentId, Slot>,
+    /// Subscriptions that may have something to say, each once.
     dirty: Vec<Slot>,
+    /// Empty between uses; it keeps its memory.
+    marked: Vec<Slot>,
     held: Vec<(Instant, Slot)>,
     uncommitted: ByteBudget,
     watched: Watched,
@@ -174,6 +179,7 @@ impl Connection {
             subscriptions: Vec::new(),
             slots: HashMap::new(),
             dirty: Vec::new(),
+            marked: Vec::new(),
             held: Vec::new(),
             uncommitted: ByteBudget::new(UNCOMMITTED_BYTES_MAX),
             ephemerals: TokenBucket::full(now),
@@ -295,7 +301,15 @@ impl Connection {
         let (released, held) = std::mem::take(&mut self.held).into_iter().partition(|(at, _)| *at <= now);
         self.held = held;
         let released: Vec<(Instant, Slot)> = released;
-        self.dirty.extend(released.into_iter().map(|(_, slot)| slot));
+        released.into_iter().for_each(|(_, slot)| self.mark(slot));
+    }
+
+    /// Notes that a subscription may have something to say. Once: a client that sends and does not read would have the
+    /// list grow.
+    fn mark(&mut self, slot: Slot) {
+        if !std::mem::replace(&mut self.subscriptions[slot.0 as usize].dirty, true) {
+            self.dirty.push(slot);
+        }
     }
 
     /// The subscription to a document, made if there is none.
@@ -323,6 +337,7 @@ impl Connection {
             session,
             last_sent: now - GATHER,
             held: false,
+            dirty: false,
             reported: Vec::new(),
         });
         self.watch_others(slot);

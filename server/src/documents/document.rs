@@ -26,6 +26,9 @@ use crate::storage::StoredChange;
 /// Changes offered to a graph under one hold of its lock. Other sessions of the document wait some milliseconds.
 const INGEST_PER_LOCK: usize = 1_000;
 
+/// Heads of another storage that are remembered and passed on. A document has one for each author who is writing.
+const REMOTE_HEADS_MAX: usize = 256;
+
 /// Raw changes kept behind the newest when a base is made, so that clients that were away for a moment still get
 /// single changes: a browser pays half a second to merge a whole document, and a tenth for a few changes.
 pub(super) const TAIL_CHANGES_KEPT: u64 = 1_024;
@@ -249,6 +252,9 @@ impl Document {
 
     /// Notes what another storage has, if it is newer than what is known, and tells those who watch.
     pub fn note_remote_heads(&self, heads: RemoteHeads, from: SubscriberKey) {
+        if heads.heads.len() > REMOTE_HEADS_MAX {
+            return;
+        }
         let mut state = self.lock();
         let newer = match state.remote_heads.get(&heads.storage_id) {
             Some(known) => heads.timestamp > known.timestamp,
