@@ -143,6 +143,9 @@ impl App {
         // Everything submitted is committed before the handles are gone: the budget is empty then.
         self.node.committer.settled(patience).await;
         storage.close().await;
+        if self.committer.is_finished() {
+            self.committer.await?.context("the storage failed, not everything was committed")?;
+        }
         tracing::info!("stopped");
         Ok(())
     }

@@ -108,6 +108,12 @@ struct Subscription {
     reported: Vec<ChangeHash>,
 }
 
+impl Drop for Subscription {
+    fn drop(&mut self) {
+        self.document.unsubscribe(self.key);
+    }
+}
+
 /// See the module.
 pub struct Connection {
     node: Arc<Node>,
@@ -150,11 +156,12 @@ impl Connection {
             Err(ending) => (None, socket, ending),
             Ok((peer, metadata)) => {
                 let outbox = Arc::new(Outbox::default());
-                let number = node.sessions.enter(&peer, &outbox);
+                let entered = Entered::new(&node, &peer, &outbox);
                 let mut connection = Self::new(node.clone(), socket, peer.clone(), outbox, &metadata);
                 let ending = connection.run().await;
-                let socket = connection.leave();
-                node.sessions.leave(&peer, number);
+                // Ends the subscriptions.
+                let Self { socket, .. } = connection;
+                drop(entered);
                 (Some(peer), socket, ending)
             }
         };
@@ -347,6 +354,10 @@ impl Connection {
     /// Lets what is being committed finish and be acknowledged, then ends.
     async fn wind_down(&mut self) -> Ending {
         let patience = self.node.settings.drain() / 4;
+        // What was held back in order to gather more goes out now.
+        self.answers_each = false;
+        let held = std::mem::take(&mut self.held);
+        held.into_iter().for_each(|(_, slot)| self.mark(slot));
         let _ = tokio::time::timeout(patience, async {
             let _committed = self.uncommitted.acquire(UNCOMMITTED_BYTES_MAX).await;
             self.acknowledge_all().await
@@ -369,12 +380,29 @@ impl Connection {
             }
         }
     }
+}
 
-    fn leave(self) -> WebSocket {
-        for subscription in self.subscriptions {
-            subscription.document.unsubscribe(subscription.key);
+/// The connection's place among the joined ones; it is left with the value.
+struct Entered {
+    node: Arc<Node>,
+    peer: PeerId,
+    number: u64,
+}
+
+impl Entered {
+    fn new(node: &Arc<Node>, peer: &PeerId, outbox: &Arc<Outbox>) -> Self {
+        let number = node.sessions.enter(peer, outbox);
+        if node.is_draining() {
+            // It joined after those who are here were told to go.
+            outbox.close(Closing::Drain);
         }
-        self.socket
+        Self { node: node.clone(), peer: peer.clone(), number }
+    }
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        self.node.sessions.leave(&self.peer, self.number);
     }
 }
 
