@@ -17,7 +17,8 @@
 //! Every message brings the peer to our heads, so each says `have = {last_sync: our heads, no filter}`: the peer then
 //! owes us exactly what is not an ancestor of them, and no Bloom filter is built. A peer that could not apply the
 //! message does not know these heads, answers with a reset, and is placed anew. The exception is a peer that
-//! ignores our changes (read-only): it is told the heads it has reported and a filter of the rest.
+//! ignores our changes (it is read-only, or keeps answering with the same): it is told the heads it has reported, and
+//! a filter of the rest if it needs one, so that it can still send what it has itself.
 //!
 //! # Quiet
 //!
@@ -311,7 +312,9 @@ impl SyncSession {
     fn compose(&self, graph: &Graph, lacking: Lacking) -> Reply {
         let end = graph.durable_end();
         let need = if self.read_only { Vec::new() } else { graph.missing_from(&self.peer.heads) };
-        let plain = need.is_empty() && self.peer.v2 && !self.peer.read_only && !self.read_only;
+        // A peer that keeps answering with the same does not apply what we send, whatever it says.
+        let applies = !self.peer.read_only && self.fruitless_replies < 2;
+        let plain = need.is_empty() && self.peer.v2 && applies && !self.read_only;
         match &lacking {
             Lacking::Nothing if plain => return Reply::Span { from: end, to: end },
             Lacking::From(from) if plain => return Reply::Span { from: *from, to: end },
@@ -333,7 +336,7 @@ impl SyncSession {
             version: if self.peer.v2 { SyncVersion::V2 } else { SyncVersion::V1 },
             heads: graph.heads(),
             need,
-            have: vec![if self.peer.read_only { self.honest_have(graph) } else { have_all(graph) }],
+            have: vec![if applies { have_all(graph) } else { self.honest_have(graph) }],
             changes,
             flags: Some(flags),
         };

@@ -29,8 +29,7 @@ impl Visited {
 
     /// Returns whether it is at or above the floor and new.
     fn insert(&mut self, position: u64) -> bool {
-        position >= self.floor
-            && !std::mem::replace(&mut self.marks[(position - self.floor) as usize], true)
+        position >= self.floor && !std::mem::replace(&mut self.marks[(position - self.floor) as usize], true)
     }
 }
 

@@ -59,7 +59,10 @@ fn peers_that_lose_their_data_get_it_again() {
 
 #[test]
 fn changes_before_their_dependencies_are_completed() {
-    run(800, Weather { orphans: 8, false_positives: 25, disconnects: 5, losses: 2, merges: 3, v1: 20, ..CALM });
+    run(
+        800,
+        Weather { orphans: 8, false_positives: 25, disconnects: 5, losses: 2, merges: 3, v1: 20, ..CALM },
+    );
 }
 
 #[test]
