@@ -1,1 +1,8 @@
+mod bare;
+mod client;
+mod frames;
+mod process;
+mod session;
+mod workload;
+
 fn main() {}
