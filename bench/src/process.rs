@@ -130,6 +130,11 @@ pub fn cpu_time(pid: u32) -> Duration {
     family(pid).into_iter().map(own_cpu_time).sum()
 }
 
+/// CPU time that this process, the load generator, has used.
+pub fn cpu_time_of_this() -> Duration {
+    own_cpu_time(std::process::id())
+}
+
 fn own_cpu_time(pid: u32) -> Duration {
     ClockId::pid_cpu_clock_id(Pid::from_raw(pid as i32))
         .and_then(|clock| clock.now())

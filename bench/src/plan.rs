@@ -1,0 +1,125 @@
+//! One run of the benchmark: prepares servers and workloads, runs the scenarios, reports.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use crate::report;
+use crate::results::{Results, Sample};
+use crate::scenario::{Name, Sizes, fanout, idle, many, sample_of};
+use crate::servers::{Environment, Kind, Wanted};
+use crate::workload::{Chain, Seed};
+
+pub struct Options {
+    pub is_quick: bool,
+    pub scenarios: Vec<Name>,
+    pub servers: Vec<Kind>,
+    pub rounds: Option<u32>,
+    pub data: Option<PathBuf>,
+    pub isobar: Option<PathBuf>,
+    pub may_install: bool,
+    pub out: PathBuf,
+}
+
+/// The longest that one scenario may take on one server in one round.
+const SAMPLE_PATIENCE: Duration = Duration::from_secs(240);
+
+struct Run {
+    environment: Environment,
+    sizes: Sizes,
+    servers: Vec<Kind>,
+    results: Results,
+    started: Instant,
+}
+
+pub async fn run(options: Options) -> Result<()> {
+    let mut sizes = if options.is_quick { Sizes::quick() } else { Sizes::full() };
+    sizes.rounds = options.rounds.unwrap_or(sizes.rounds);
+    let wanted =
+        Wanted { kinds: options.servers.clone(), isobar: options.isobar.clone(), may_install: options.may_install };
+    let (environment, missing) = Environment::prepare(&wanted).await?;
+    let mut results = Results::default();
+    for (kind, reason) in &missing {
+        eprintln!("{}: not available: {reason}", kind.name());
+        results.skipped.insert(kind.name().to_owned(), reason.clone());
+    }
+    let servers = options.servers.iter().copied().filter(|kind| !missing.contains_key(kind)).collect();
+    let mut run = Run { environment, sizes, servers, results, started: Instant::now() };
+    for scenario in &options.scenarios {
+        run.scenario(*scenario).await?;
+    }
+    report::print(&run.results, &run.sizes);
+    let path = report::write_json(&run.results, &run.sizes, &options.out)?;
+    println!("\n{} s; figures of every round in {}", run.started.elapsed().as_secs(), path.display());
+    Ok(())
+}
+
+impl Run {
+    async fn scenario(&mut self, scenario: Name) -> Result<()> {
+        match scenario {
+            Name::Fanout => self.fanout().await,
+            Name::Many => self.many().await,
+            Name::Idle => self.idle().await,
+            Name::Large | Name::Join | Name::Durable => Ok(()),
+        }
+    }
+
+    /// Runs `sample` for every server in every round, interleaved.
+    async fn rounds(
+        &mut self,
+        name: &'static str,
+        mut sample: impl AsyncFnMut(&Environment, Kind) -> Result<Sample>,
+    ) {
+        for round in 1..=self.sizes.rounds {
+            for kind in self.servers.clone() {
+                let began = Instant::now();
+                let running = tokio::time::timeout(SAMPLE_PATIENCE, sample(&self.environment, kind));
+                let outcome = running.await.context("took too long").and_then(|outcome| outcome);
+                let sample = sample_of(outcome);
+                let at = self.started.elapsed().as_secs();
+                let took = began.elapsed().as_secs_f32();
+                let failure = sample.failure.as_ref().map(|why| format!(": {why}")).unwrap_or_default();
+                eprintln!("[{at:4} s] {name}, round {round}, {}: {took:.1} s{failure}", kind.name());
+                self.results.add(name, kind, sample);
+            }
+        }
+    }
+
+    async fn fanout(&mut self) -> Result<()> {
+        let edits = self.sizes.fanout_seconds * fanout::EDITS_PER_SECOND;
+        let chain = Arc::new(Chain::build(Seed::small()?, edits as usize, 1)?);
+        for readers in self.sizes.fanout_readers.clone() {
+            let name = match readers {
+                100 => report::FANOUT_100,
+                _ => report::FANOUT_300,
+            };
+            let load = fanout::Load { chain: Arc::clone(&chain), readers, drain: Duration::from_secs(20) };
+            self.rounds(name, async |environment, kind| fanout::run(environment, kind, &load).await).await;
+        }
+        Ok(())
+    }
+
+    async fn many(&mut self) -> Result<()> {
+        let sizes = &self.sizes;
+        let (documents, clients) = (sizes.many_documents, sizes.many_clients);
+        let edits = (clients * sizes.many_seconds) as usize;
+        let load =
+            many::Load { chain: Arc::new(Chain::build(Seed::small()?, edits, clients as usize)?), documents, clients };
+        self.rounds(report::MANY, async |environment, kind| many::run(environment, kind, &load).await).await;
+        Ok(())
+    }
+
+    async fn idle(&mut self) -> Result<()> {
+        let chain = Arc::new(Chain::build(Seed::small()?, 1, 1)?);
+        let load = idle::Load {
+            chain,
+            connections: self.sizes.idle_connections,
+            documents: self.sizes.idle_documents,
+            seconds: self.sizes.idle_seconds,
+        };
+        self.rounds(report::IDLE, async |environment, kind| idle::run(environment, kind, &load).await).await;
+        Ok(())
+    }
+}
