@@ -52,6 +52,14 @@ pub const START_OP_JUMP_MAX: u64 = 1_000_000;
 /// The highest operation counter a document may reach: half of what the 32-bit counter holds.
 pub const MAX_OP_MAX: u64 = 1 << 31;
 
+/// Most replies in a row to one client about one document that neither carry nor follow anything new. A standard
+/// exchange needs one; a peer with another idea of the protocol would answer each for ever.
+pub const FRUITLESS_REPLIES_MAX: u8 = 4;
+
+/// After so many messages about one document without an answer, more changes are gathered before the next.
+/// A round trip of 200 ms at 20 edits a second has four under way.
+pub const UNANSWERED_MESSAGES_MAX: u8 = 4;
+
 /// What an operator may set.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limits {

@@ -6,5 +6,18 @@
 //!
 //! The dependency direction is [`ids`] and [`config`] → wire formats → change graph → session.
 
+pub mod base;
+pub mod bloom;
+mod census;
+pub mod change;
+pub mod chunk;
 pub mod config;
+pub mod graph;
 pub mod ids;
+mod leb128;
+pub mod presence;
+pub mod session;
+pub mod sync_message;
+pub mod wire;
+
+pub use leb128::{ReadError, ReadProblem};

@@ -29,9 +29,19 @@
 //! 9. **Forward-only schema.** Opening migrates under a lock, so that two nodes may start at once, and refuses a
 //!    schema newer than this program's with [`StorageError::NewerSchema`] before anything is written.
 //! 10. **One region per database.** The database remembers the region's name and its storage id from the first
-//!    start; another region's name is refused.
+//!     start; another region's name is refused.
 //! 11. **Independent documents.** No call about one document reads or locks another's rows, except that appends
-//!    share the origin's counter.
+//!     share the origin's counter.
+
+mod failure;
+mod log_run;
+pub mod memory;
+pub mod postgres;
+mod schema;
+pub mod sqlite;
+
+use std::path::Path;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -97,7 +107,9 @@ pub struct NewBase {
 pub enum DocumentState {
     Live,
     /// It does not apply; the reason is for operators.
-    Quarantined { reason: String },
+    Quarantined {
+        reason: String,
+    },
 }
 
 /// Everything that is needed to bring a document to life, without its base's bytes.
@@ -203,12 +215,8 @@ pub trait Storage: Send + Sync + 'static {
     async fn set_state(&self, document: &DocumentId, state: &DocumentState) -> Result<(), StorageError>;
 
     /// Up to `limit` log entries of `origin` after seq `after`, in order (clauses 2 and 8).
-    async fn read_log(
-        &self,
-        origin: OriginId,
-        after: Seq,
-        limit: u32,
-    ) -> Result<Vec<LogEntry>, StorageError>;
+    async fn read_log(&self, origin: OriginId, after: Seq, limit: u32)
+    -> Result<Vec<LogEntry>, StorageError>;
 
     /// Removes the entries of `origin` up to and including `up_to` (clause 8). An implementation may keep a few more
     /// than asked where entries are stored in runs.
@@ -222,4 +230,25 @@ pub trait Storage: Send + Sync + 'static {
 
     /// Finishes what is under way and closes. Later calls fail.
     async fn close(&self);
+}
+
+/// Opens the storage that `url` names: `sqlite:PATH` or `postgres://…`. Migrates it (clause 9).
+pub async fn open(url: &str) -> Result<Arc<dyn Storage>, StorageError> {
+    if let Some(path) = url.strip_prefix("sqlite:") {
+        let path = path.strip_prefix("//").unwrap_or(path);
+        if path.is_empty() || path == ":memory:" {
+            return Err(StorageError::Fatal("sqlite: must be followed by the path of a file".into()));
+        }
+        return Ok(Arc::new(sqlite::SqliteStorage::open(Path::new(path)).await?));
+    }
+    if url.starts_with("postgres://") || url.starts_with("postgresql://") {
+        return Ok(Arc::new(postgres::PostgresStorage::connect(url).await?));
+    }
+    // Not quoted: what was meant as a URL may hold a password.
+    Err(StorageError::Fatal("the database must be sqlite:PATH or postgres://…".into()))
+}
+
+/// A region's storage id, made at random as automerge-repo makes its own.
+fn new_storage_id() -> StorageId {
+    StorageId::new(&uuid::Uuid::new_v4().to_string()).expect("a UUID's text is within the limit")
 }

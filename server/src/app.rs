@@ -1,0 +1,210 @@
+//! Assembly: opens the storage, starts the tasks and the listeners, and takes them down in order.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::Context;
+use axum::Router;
+use axum::serve::ListenerExt;
+use isobar_protocol::ids::{OriginId, PeerId, PlacementGroup, RegionName};
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::commit::Committer;
+use crate::config::Settings;
+use crate::documents::Documents;
+use crate::http;
+use crate::materialise::Materialiser;
+use crate::node::{Node, Sessions};
+use crate::outbox::Closing;
+use crate::storage::{self, StorageError};
+use crate::telemetry::Metrics;
+
+/// The placement group of every document until groups can be configured: all regions.
+const DEFAULT_GROUP: &str = "default";
+
+/// How often idle documents are looked for.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
+
+/// How often the log is truncated.
+const TRUNCATE_INTERVAL: Duration = Duration::from_secs(60);
+
+/// A node that is being served.
+pub struct App {
+    pub client_address: SocketAddr,
+    pub admin_address: SocketAddr,
+    pub node: Arc<Node>,
+    connections: TaskTracker,
+    stop_listening: CancellationToken,
+    stop_upkeep: CancellationToken,
+    listeners: Vec<JoinHandle<()>>,
+    upkeep: Vec<JoinHandle<()>>,
+    committer: JoinHandle<Result<(), StorageError>>,
+}
+
+impl App {
+    /// Starts a node. When this returns, its listeners accept.
+    pub async fn start(settings: Settings) -> anyhow::Result<Self> {
+        let region = RegionName::new(&settings.region)?;
+        let group = PlacementGroup::new(DEFAULT_GROUP)?;
+        let storage = storage::open(&settings.database).await.context("the database cannot be opened")?;
+        let storage_id = storage.region_identity(&region).await?;
+        let origin = storage.claim_origin(&region, &group, 0).await?;
+        tracing::info!(%region, origin = %origin.id.0, seq = origin.last_seq.0, "origin claimed");
+
+        let metrics = Arc::new(Metrics::new());
+        let (documents, compactor) = Documents::new(
+            storage.clone(),
+            metrics.clone(),
+            Materialiser::new(metrics.clone()),
+            settings.limits(),
+            settings.resident_bytes_max,
+            settings.idle(),
+        );
+        let origin_id = origin.id;
+        let (committer, commits) =
+            Committer::new(storage.clone(), origin, documents.clone(), metrics.clone());
+        let peer_id = PeerId::new(&format!("isobar-{region}-{}", uuid::Uuid::new_v4().simple()))?;
+        let clients = listen(settings.listen).await?;
+        let admin = listen(settings.admin_listen).await?;
+        let node = Arc::new(Node {
+            settings,
+            peer_id,
+            storage_id,
+            storage,
+            documents,
+            committer,
+            sessions: Sessions::default(),
+            metrics,
+            draining: AtomicBool::new(false),
+        });
+        let connections = TaskTracker::new();
+        let stop_listening = CancellationToken::new();
+        let stop_upkeep = CancellationToken::new();
+        let client_routes = http::client_routes(node.clone(), connections.clone());
+        let admin_routes = http::admin_routes(node.clone(), connections.clone());
+        Ok(Self {
+            client_address: clients.local_addr()?,
+            admin_address: admin.local_addr()?,
+            listeners: vec![
+                serve(clients, client_routes, stop_listening.clone()),
+                serve(admin, admin_routes, stop_listening.clone()),
+            ],
+            upkeep: vec![
+                tokio::spawn(cancellable(stop_upkeep.clone(), compactor.run())),
+                tokio::spawn(cancellable(stop_upkeep.clone(), sweep(node.clone()))),
+                tokio::spawn(cancellable(stop_upkeep.clone(), truncate(node.clone(), origin_id))),
+            ],
+            committer: tokio::spawn(commits),
+            node,
+            connections,
+            stop_listening,
+            stop_upkeep,
+        })
+    }
+
+    /// Serves until `stop` resolves, then drains; or until the storage fails for good.
+    pub async fn run_until(mut self, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
+        tokio::select! {
+            () = stop => self.drain().await,
+            failed = &mut self.committer => {
+                failed?.context("the storage failed, nothing more can be acknowledged")?;
+                anyhow::bail!("the committer stopped by itself")
+            }
+        }
+    }
+
+    /// Takes no more clients, tells those there are to come back, spread over time so that they do not return all at
+    /// once, finishes what is being committed, and closes the storage.
+    async fn drain(self) -> anyhow::Result<()> {
+        let patience = self.node.settings.drain();
+        tracing::info!(connections = self.connections.len(), "draining");
+        self.node.draining.store(true, Ordering::Relaxed);
+        self.connections.close();
+        close_spread(&self.node, patience / 2).await;
+        if tokio::time::timeout(patience / 2, self.connections.wait()).await.is_err() {
+            tracing::warn!(connections = self.connections.len(), "connections left over are cut");
+        }
+        self.stop_listening.cancel();
+        self.stop_upkeep.cancel();
+        for task in self.listeners.into_iter().chain(self.upkeep) {
+            let _ = tokio::time::timeout(Duration::from_secs(1), task).await;
+        }
+        let storage = self.node.storage.clone();
+        // Everything submitted is committed before the handles are gone: the budget is empty then.
+        self.node.committer.settled(patience).await;
+        storage.close().await;
+        tracing::info!("stopped");
+        Ok(())
+    }
+}
+
+/// Asks every connection to end, at moments spread evenly over `spread`, or at once if there are few.
+async fn close_spread(node: &Node, spread: Duration) {
+    const AT_ONCE: usize = 100;
+    let outboxes = node.sessions.outboxes();
+    let steps = outboxes.len().div_ceil(AT_ONCE).max(1) as u32;
+    for (step, some) in outboxes.chunks(AT_ONCE).enumerate() {
+        if step > 0 {
+            tokio::time::sleep(spread / steps).await;
+        }
+        some.iter().for_each(|outbox| outbox.close(Closing::Drain));
+    }
+}
+
+async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))
+}
+
+fn serve(listener: TcpListener, routes: Router, stop: CancellationToken) -> JoinHandle<()> {
+    // A keystroke is one small packet; it must not wait for the next.
+    let listener = listener.tap_io(|stream| {
+        let _ = stream.set_nodelay(true);
+    });
+    tokio::spawn(async move {
+        let served = axum::serve(listener, routes).with_graceful_shutdown(stop.cancelled_owned()).await;
+        if let Err(error) = served {
+            tracing::error!(%error, "listener failed");
+        }
+    })
+}
+
+async fn cancellable(stop: CancellationToken, work: impl Future<Output = ()>) {
+    stop.run_until_cancelled(work).await;
+}
+
+async fn sweep(node: Arc<Node>) {
+    let mut ticks = tokio::time::interval(SWEEP_INTERVAL);
+    loop {
+        ticks.tick().await;
+        node.documents.sweep();
+        node.metrics.run_upkeep();
+    }
+}
+
+/// Gives up log entries that no region needs any more. A single region has nobody to send them to.
+async fn truncate(node: Arc<Node>, origin: OriginId) {
+    let mut ticks = tokio::time::interval(TRUNCATE_INTERVAL);
+    loop {
+        ticks.tick().await;
+        let up_to = node.committer.durable_seq();
+        match node.storage.truncate_log(origin, up_to).await {
+            Ok(()) => node.metrics.log_truncated_seq.set(up_to.0 as f64),
+            Err(error) => tracing::warn!(%error, "log not truncated"),
+        }
+    }
+}
+
+/// Resolves at SIGTERM or Ctrl-C.
+pub async fn stop_signal() {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut terminate = signal(SignalKind::terminate()).expect("signal handlers can be installed");
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = tokio::signal::ctrl_c() => {}
+    }
+}

@@ -1,0 +1,437 @@
+//! One client's connection: frames in, frames out, many documents on one socket.
+//!
+//! A connection is one task. It reads frames as they come, and writes when the socket takes it: as long as a write is
+//! under way nothing new is generated, so a slow reader costs no memory and is caught up with one message per
+//! document. Reading goes on meanwhile.
+//!
+//! Nothing a client sends can harm anybody else: what is malformed or refused closes this connection, with an error
+//! that says why.
+
+use std::collections::HashMap;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use axum::extract::ws::{CloseFrame, Message, WebSocket, close_code};
+use futures_util::{Sink, Stream};
+use isobar_protocol::ids::{ChangeHash, DocumentId, PeerId};
+use isobar_protocol::session::SyncSession;
+use isobar_protocol::wire::{self, ClientFrame, PROTOCOL_VERSION, PeerMetadata};
+use tokio::time::{Instant, Sleep};
+
+use crate::commit::ByteBudget;
+use crate::documents::{Document, LoadError, SubscriberKey};
+use crate::node::Node;
+use crate::outbox::{Closing, Outbox, Slot};
+
+mod incoming;
+mod outgoing;
+mod remote_heads;
+
+use remote_heads::Watched;
+
+/// A client must say who it is within this time.
+const JOIN_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A silent connection is asked for a sign of life after this time. Stock clients answer pings but send none; a browser
+/// that applies a large message cannot answer for a while.
+const PING_AFTER: Duration = Duration::from_secs(20);
+
+/// A connection without a sign of life for this long is closed.
+const SILENCE_MAX: Duration = Duration::from_secs(60);
+
+/// How long more changes are gathered for a client that has not answered several messages.
+const GATHER: Duration = Duration::from_millis(50);
+
+/// Bytes of a client's changes that may wait for their commit. Beyond it the client is not read from.
+const UNCOMMITTED_BYTES_MAX: usize = 4 << 20;
+
+/// Bytes handed to the socket before they are flushed.
+const WRITE_BYTES: usize = 256 << 10;
+
+/// Ephemeral messages a client may send a second, and at once after a pause. A hand-moved cursor makes 60.
+const EPHEMERALS_PER_SECOND: f64 = 100.0;
+const EPHEMERALS_BURST: f64 = 200.0;
+
+/// Why a connection ends.
+#[derive(Debug)]
+pub(crate) enum Ending {
+    /// The client closed, or the network did.
+    Gone,
+    /// The client broke the protocol. `reason` is counted, `message` is sent.
+    Protocol { reason: &'static str, message: String },
+    /// The client said that it leaves.
+    Leaves,
+    /// The same peer id joined on another connection.
+    Replaced,
+    /// The client gave no sign of life, or took nothing.
+    Silent,
+    /// The server is going away; come back.
+    Drain,
+    /// Something the client asked for cannot be had at the moment; come back.
+    TryAgain,
+}
+
+impl Ending {
+    pub(crate) fn protocol(reason: &'static str, message: impl ToString) -> Self {
+        Self::Protocol { reason, message: message.to_string() }
+    }
+
+    fn close_frame(&self) -> Option<CloseFrame> {
+        let (code, reason) = match self {
+            Self::Gone => return None,
+            Self::Protocol { message, .. } => (close_code::POLICY, message.as_str()),
+            Self::Leaves => (close_code::NORMAL, "goodbye"),
+            Self::Replaced => (close_code::NORMAL, "this peer id joined on another connection"),
+            Self::Silent => (close_code::NORMAL, "no sign of life"),
+            Self::Drain => (close_code::RESTART, "the server is going away, come back"),
+            Self::TryAgain => (close_code::AGAIN, "storage is unavailable, come back"),
+        };
+        // A close reason holds 123 bytes at most.
+        let end = (0..=reason.len().min(120)).rev().find(|it| reason.is_char_boundary(*it)).unwrap_or(0);
+        Some(CloseFrame { code, reason: reason[..end].into() })
+    }
+}
+
+/// One document on this connection.
+struct Subscription {
+    document: Arc<Document>,
+    key: SubscriberKey,
+    session: SyncSession,
+    last_sent: Instant,
+    /// Set while more changes are gathered.
+    held: bool,
+    /// The heads that were last reported to a client that watches this region's storage.
+    reported: Vec<ChangeHash>,
+}
+
+/// See the module.
+pub struct Connection {
+    node: Arc<Node>,
+    socket: WebSocket,
+    peer: PeerId,
+    outbox: Arc<Outbox>,
+    subscriptions: Vec<Subscription>,
+    slots: HashMap<DocumentId, Slot>,
+    dirty: Vec<Slot>,
+    held: Vec<(Instant, Slot)>,
+    uncommitted: ByteBudget,
+    watched: Watched,
+    ephemerals: TokenBucket,
+    flushing: bool,
+    last_heard: Instant,
+    last_written: Instant,
+    timer: Pin<Box<Sleep>>,
+}
+
+/// What a connection waits for.
+enum Event {
+    Frame(Message),
+    Flushed,
+    Woken,
+    Timer,
+}
+
+impl Connection {
+    /// Serves a client until it ends.
+    pub async fn serve(node: Arc<Node>, mut socket: WebSocket) {
+        let joined = tokio::time::timeout(JOIN_TIMEOUT, join(&node, &mut socket)).await;
+        let outcome =
+            joined.unwrap_or_else(|_| Err(Ending::protocol("no_join", "no join within ten seconds")));
+        let (peer, socket, ending) = match outcome {
+            Err(ending) => (None, socket, ending),
+            Ok((peer, metadata)) => {
+                let outbox = Arc::new(Outbox::default());
+                let number = node.sessions.enter(&peer, &outbox);
+                let mut connection = Self::new(node.clone(), socket, peer.clone(), outbox, &metadata);
+                let ending = connection.run().await;
+                let socket = connection.leave();
+                node.sessions.leave(&peer, number);
+                (Some(peer), socket, ending)
+            }
+        };
+        finish(&node, socket, peer.as_ref(), ending).await;
+    }
+
+    fn new(
+        node: Arc<Node>,
+        socket: WebSocket,
+        peer: PeerId,
+        outbox: Arc<Outbox>,
+        metadata: &PeerMetadata,
+    ) -> Self {
+        let now = Instant::now();
+        Self {
+            watched: Watched::new(&node.storage_id, metadata),
+            node,
+            socket,
+            peer,
+            outbox,
+            subscriptions: Vec::new(),
+            slots: HashMap::new(),
+            dirty: Vec::new(),
+            held: Vec::new(),
+            uncommitted: ByteBudget::new(UNCOMMITTED_BYTES_MAX),
+            ephemerals: TokenBucket::full(now),
+            flushing: false,
+            last_heard: now,
+            last_written: now,
+            timer: Box::pin(tokio::time::sleep(PING_AFTER)),
+        }
+    }
+
+    async fn run(&mut self) -> Ending {
+        loop {
+            let step = match self.event().await {
+                Ok(Event::Frame(message)) => self.receive(message).await,
+                Ok(Event::Timer) => self.tick(),
+                Ok(Event::Flushed | Event::Woken) => Ok(()),
+                Err(ending) => Err(ending),
+            };
+            if let Err(ending) = step {
+                return ending;
+            }
+            match self.outbox.closing() {
+                None => {}
+                Some(Closing::Replaced) => return Ending::Replaced,
+                Some(Closing::Drain) => return self.wind_down().await,
+            }
+            if !self.flushing
+                && let Err(ending) = self.fill().await
+            {
+                return ending;
+            }
+        }
+    }
+
+    async fn event(&mut self) -> Result<Event, Ending> {
+        let outbox = self.outbox.clone();
+        let woken = outbox.woken();
+        tokio::pin!(woken);
+        std::future::poll_fn(|context| {
+            if let Poll::Ready(event) = self.poll_socket(context) {
+                return Poll::Ready(event);
+            }
+            if woken.as_mut().poll(context).is_ready() {
+                return Poll::Ready(Ok(Event::Woken));
+            }
+            self.timer.as_mut().poll(context).map(|()| Ok(Event::Timer))
+        })
+        .await
+    }
+
+    fn poll_socket(&mut self, context: &mut Context<'_>) -> Poll<Result<Event, Ending>> {
+        if self.flushing {
+            match Pin::new(&mut self.socket).poll_flush(context) {
+                Poll::Ready(Ok(())) => {
+                    self.flushing = false;
+                    self.last_written = Instant::now();
+                    return Poll::Ready(Ok(Event::Flushed));
+                }
+                Poll::Ready(Err(_)) => return Poll::Ready(Err(Ending::Gone)),
+                Poll::Pending => {}
+            }
+        }
+        match Pin::new(&mut self.socket).poll_next(context) {
+            Poll::Ready(Some(Ok(message))) => Poll::Ready(Ok(Event::Frame(message))),
+            Poll::Ready(Some(Err(error))) => Poll::Ready(Err(self.read_error(&error))),
+            Poll::Ready(None) => Poll::Ready(Err(Ending::Gone)),
+            Poll::Pending => Poll::Pending,
+        }
+    }
+
+    /// Tells a broken connection from a frame that the WebSocket layer refused.
+    fn read_error(&self, error: &axum::Error) -> Ending {
+        let text = error.to_string();
+        if text.contains("too long") || text.contains("too big") {
+            return Ending::protocol("frame_too_large", text);
+        }
+        Ending::Gone
+    }
+
+    /// Takes one message; `start_send` accepts it whatever the state of the socket, and the flush follows.
+    fn send(&mut self, message: Message) -> Result<(), Ending> {
+        if let Message::Binary(bytes) = &message {
+            self.node.metrics.frames_sent.increment(1);
+            self.node.metrics.frame_bytes_sent.increment(bytes.len() as u64);
+        }
+        if !self.flushing {
+            self.flushing = true;
+            self.last_written = Instant::now();
+        }
+        Pin::new(&mut self.socket).start_send(message).map_err(|_| Ending::Gone)
+    }
+
+    /// Looks after deadlines: signs of life, writes that do not go on, changes held back.
+    fn tick(&mut self) -> Result<(), Ending> {
+        let now = Instant::now();
+        self.release_held(now);
+        let silent = now.duration_since(self.last_heard);
+        let stuck = self.flushing && now.duration_since(self.last_written) >= SILENCE_MAX;
+        if silent >= SILENCE_MAX || stuck {
+            return Err(Ending::Silent);
+        }
+        if silent >= PING_AFTER && !self.flushing {
+            self.send(Message::Ping(bytes::Bytes::new()))?;
+        }
+        self.arm_timer(now + PING_AFTER, true);
+        Ok(())
+    }
+
+    /// Sets the timer to the deadline, or to that of the first subscription held back.
+    fn arm_timer(&mut self, deadline: Instant, expired: bool) {
+        let first = self.held.iter().map(|(at, _)| *at).min();
+        let deadline = first.map_or(deadline, |at| at.min(deadline));
+        if expired || deadline < self.timer.deadline() {
+            self.timer.as_mut().reset(deadline);
+        }
+    }
+
+    fn release_held(&mut self, now: Instant) {
+        let (released, held) = std::mem::take(&mut self.held).into_iter().partition(|(at, _)| *at <= now);
+        self.held = held;
+        let released: Vec<(Instant, Slot)> = released;
+        self.dirty.extend(released.into_iter().map(|(_, slot)| slot));
+    }
+
+    /// The subscription to a document, made if there is none.
+    async fn subscribe(&mut self, document: DocumentId) -> Result<Slot, Ending> {
+        if let Some(slot) = self.slots.get(&document) {
+            return Ok(*slot);
+        }
+        if self.subscriptions.len() >= self.node.settings.connection_documents_max {
+            return Err(Ending::protocol("too_many_documents", "too many documents on one connection"));
+        }
+        let loaded =
+            self.node.documents.open(&document).await.map_err(|error| load_failed(&document, &error))?;
+        Ok(self.subscribe_to(loaded))
+    }
+
+    fn subscribe_to(&mut self, document: Arc<Document>) -> Slot {
+        let slot = Slot(self.subscriptions.len() as u32);
+        let key = document.subscribe(&self.outbox, slot);
+        self.slots.insert(document.id().clone(), slot);
+        let now = Instant::now();
+        let session = SyncSession::new(false);
+        self.subscriptions.push(Subscription {
+            document,
+            key,
+            session,
+            last_sent: now - GATHER,
+            held: false,
+            reported: Vec::new(),
+        });
+        self.watch_others(slot);
+        slot
+    }
+
+    /// Lets what is being committed finish and be acknowledged, then ends.
+    async fn wind_down(&mut self) -> Ending {
+        let patience = self.node.settings.drain() / 4;
+        let _ = tokio::time::timeout(patience, async {
+            let _committed = self.uncommitted.acquire(UNCOMMITTED_BYTES_MAX).await;
+            self.acknowledge_all().await
+        })
+        .await;
+        Ending::Drain
+    }
+
+    async fn acknowledge_all(&mut self) -> Result<(), Ending> {
+        loop {
+            while self.flushing {
+                std::future::poll_fn(|context| Pin::new(&mut self.socket).poll_flush(context))
+                    .await
+                    .map_err(|_| Ending::Gone)?;
+                self.flushing = false;
+            }
+            self.fill().await?;
+            if !self.flushing {
+                return Ok(());
+            }
+        }
+    }
+
+    fn leave(self) -> WebSocket {
+        for subscription in self.subscriptions {
+            subscription.document.unsubscribe(subscription.key);
+        }
+        self.socket
+    }
+}
+
+fn load_failed(document: &DocumentId, error: &LoadError) -> Ending {
+    tracing::warn!(%document, %error, "document not loaded");
+    Ending::TryAgain
+}
+
+/// Reads the first frame, which must be a join, and answers it.
+async fn join(node: &Node, socket: &mut WebSocket) -> Result<(PeerId, PeerMetadata), Ending> {
+    let frame = loop {
+        match socket.recv().await {
+            Some(Ok(Message::Binary(frame))) => break frame,
+            Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
+            Some(Ok(Message::Text(_))) => return Err(Ending::protocol("text_frame", "frames are binary")),
+            Some(Ok(Message::Close(_)) | Err(_)) | None => return Err(Ending::Gone),
+        }
+    };
+    node.metrics.frames_received.increment(1);
+    let (sender, metadata, versions) = match ClientFrame::decode(&frame) {
+        Ok(ClientFrame::Join { sender_id, metadata, versions }) => (sender_id, metadata, versions),
+        Ok(_) => return Err(Ending::protocol("no_join", "the first message must be a join")),
+        Err(error) => return Err(Ending::protocol("malformed_frame", error)),
+    };
+    if versions.is_some_and(|versions| !versions.contains(&PROTOCOL_VERSION)) {
+        return Err(Ending::protocol("unsupported_version", "unsupported protocol version"));
+    }
+    let ours = PeerMetadata {
+        storage_id: Some(node.storage_id.clone()),
+        is_ephemeral: Some(false),
+        extras: Vec::new(),
+    };
+    let answer = wire::encode_peer(&node.peer_id, &sender, &ours);
+    socket.send(Message::Binary(answer.into())).await.map_err(|_| Ending::Gone)?;
+    Ok((sender, metadata))
+}
+
+/// Says why, closes, and waits a moment for the client to do the same.
+async fn finish(node: &Node, mut socket: WebSocket, peer: Option<&PeerId>, ending: Ending) {
+    tracing::debug!(?peer, ?ending, "connection ended");
+    let Some(close) = ending.close_frame() else { return };
+    let say = async {
+        if let Ending::Protocol { reason, message } = &ending {
+            node.metrics.refused(reason);
+            let target = peer.map_or("", PeerId::as_str);
+            let frame = wire::encode_error(node.peer_id.as_str(), target, message);
+            socket.send(Message::Binary(frame.into())).await?;
+        }
+        socket.send(Message::Close(Some(close))).await?;
+        // Until the client's own close has come, or the patience below ends.
+        while let Some(Ok(_)) = socket.recv().await {}
+        Ok::<(), axum::Error>(())
+    };
+    let _ = tokio::time::timeout(Duration::from_secs(2), say).await;
+}
+
+/// A rate with a burst.
+struct TokenBucket {
+    tokens: f64,
+    filled: Instant,
+}
+
+impl TokenBucket {
+    fn full(now: Instant) -> Self {
+        Self { tokens: EPHEMERALS_BURST, filled: now }
+    }
+
+    fn take(&mut self, now: Instant) -> bool {
+        let gained = now.duration_since(self.filled).as_secs_f64() * EPHEMERALS_PER_SECOND;
+        self.filled = now;
+        self.tokens = (self.tokens + gained).min(EPHEMERALS_BURST);
+        if self.tokens < 1.0 {
+            return false;
+        }
+        self.tokens -= 1.0;
+        true
+    }
+}

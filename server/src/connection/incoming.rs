@@ -1,0 +1,219 @@
+//! From a frame to the graph: decode, check who sent it, take the changes apart, offer them, submit them.
+
+use axum::extract::ws::Message;
+use bytes::Bytes;
+use isobar_protocol::change::Change;
+use isobar_protocol::chunk::{Chunk, ChunkKind, census, chunks};
+use isobar_protocol::graph::Refusal;
+use isobar_protocol::ids::DocumentId;
+use isobar_protocol::session::SyncSession;
+use isobar_protocol::sync_message::SyncMessage;
+use isobar_protocol::wire::ClientFrame;
+use tokio::time::Instant;
+
+use super::{Connection, Ending, load_failed};
+use crate::documents::{Incoming, IngestStep};
+use crate::node::Node;
+use crate::outbox::{Ephemeral, Slot};
+use crate::telemetry::MaterialiseReason;
+
+/// More bytes of changes than this are taken apart on a blocking thread: hashing them takes milliseconds.
+const PARSE_INLINE_BYTES: usize = 128 << 10;
+
+impl Connection {
+    pub(super) async fn receive(&mut self, message: Message) -> Result<(), Ending> {
+        self.last_heard = Instant::now();
+        match message {
+            Message::Binary(frame) => self.receive_frame(frame).await,
+            Message::Ping(_) => {
+                // The WebSocket layer has queued the answer; it goes out with the next flush.
+                self.flushing = true;
+                Ok(())
+            }
+            Message::Pong(_) => Ok(()),
+            Message::Close(_) => Err(Ending::Gone),
+            Message::Text(_) => Err(Ending::protocol("text_frame", "frames are binary")),
+        }
+    }
+
+    async fn receive_frame(&mut self, frame: Bytes) -> Result<(), Ending> {
+        self.node.metrics.frames_received.increment(1);
+        self.node.metrics.frame_bytes_received.increment(frame.len() as u64);
+        let decoded =
+            ClientFrame::decode(&frame).map_err(|error| Ending::protocol("malformed_frame", error))?;
+        if decoded.sender_id().is_some_and(|sender| sender != self.peer.as_str()) {
+            // Stock clients send presence of others back to where it came from.
+            self.node.metrics.echoes_dropped.increment(1);
+            return Ok(());
+        }
+        match decoded {
+            ClientFrame::Sync { document, data, .. } => {
+                let data = frame.slice_ref(data);
+                self.receive_sync(document, data).await
+            }
+            ClientFrame::Ephemeral { document, session_id, count, data, .. } => {
+                let message = Ephemeral {
+                    sender: self.peer.as_str().to_owned(),
+                    document,
+                    session: session_id.to_owned(),
+                    count,
+                    data: frame.slice_ref(data),
+                };
+                self.receive_ephemeral(message);
+                Ok(())
+            }
+            ClientFrame::RemoteSubscriptionChange { add, remove, .. } => {
+                self.change_watched(add, &remove);
+                Ok(())
+            }
+            ClientFrame::RemoteHeadsChanged { document, heads, .. } => {
+                self.receive_remote_heads(&document, heads);
+                Ok(())
+            }
+            ClientFrame::Leave { .. } => Err(Ending::Leaves),
+            ClientFrame::Error { message } => {
+                tracing::debug!(peer = %self.peer, message, "client reports an error");
+                Ok(())
+            }
+            ClientFrame::Join { .. } => Err(Ending::protocol("second_join", "already joined")),
+            ClientFrame::Unavailable { .. } | ClientFrame::Unknown { .. } => Ok(()),
+        }
+    }
+
+    async fn receive_sync(&mut self, document: DocumentId, data: Bytes) -> Result<(), Ending> {
+        let message =
+            SyncMessage::decode(data).map_err(|error| Ending::protocol("malformed_sync_message", error))?;
+        let slot = self.subscribe(document).await?;
+        let mut incoming = self.take_changes(slot, &message).await?;
+        self.offer(slot, &mut incoming).await?;
+        let subscription = &mut self.subscriptions[slot.0 as usize];
+        let state = subscription.document.lock();
+        subscription.session.receive(message, incoming.positions, state.graph());
+        drop(state);
+        self.dirty.push(slot);
+        Ok(())
+    }
+
+    /// Takes the changes out of a message and reserves room for them in the queues to the log.
+    async fn take_changes(&mut self, slot: Slot, message: &SyncMessage) -> Result<Incoming, Ending> {
+        let subscription = &self.subscriptions[slot.0 as usize];
+        let quarantined = subscription.document.lock().is_quarantined();
+        if message.changes.is_empty() || subscription.session.is_read_only() || quarantined {
+            return Ok(Incoming::new(Vec::new(), None));
+        }
+        let bytes: usize = message.changes.iter().map(Bytes::len).sum();
+        // Before the work, so that a client that floods waits with little held for it.
+        let permits = self.node.committer.reserve(&self.uncommitted, bytes).await;
+        let mut changes = Vec::new();
+        for entry in &message.changes {
+            changes.extend(take_apart(&self.node, entry.clone()).await?);
+        }
+        Ok(Incoming::new(changes, Some(permits)))
+    }
+
+    /// Offers changes to the document's graph, some at a time, loading the base's index if they refer to its inside.
+    async fn offer(&mut self, slot: Slot, incoming: &mut Incoming) -> Result<(), Ending> {
+        let subscription = &mut self.subscriptions[slot.0 as usize];
+        let document = subscription.document.clone();
+        loop {
+            match document.ingest(incoming, &self.node.committer, self.node.documents.limits()) {
+                IngestStep::Done => return Ok(()),
+                IngestStep::More => tokio::task::yield_now().await,
+                IngestStep::NeedsIndex => {
+                    let read = self.node.documents.read_index(document.id()).await;
+                    let (generation, index) = read.map_err(|error| load_failed(document.id(), &error))?;
+                    document.attach_index(generation, index.into());
+                }
+                IngestStep::Refused(refusal @ Refusal::SeqReused { .. }) => {
+                    // Two copies of one author write: an honest client whose storage was copied. It keeps reading, is
+                    // told that its changes are not taken, and its other documents carry on.
+                    self.node.metrics.refused(refusal.reason());
+                    tracing::warn!(document = %document.id(), peer = %self.peer, %refusal, "change refused");
+                    subscription.session = SyncSession::new(true);
+                    return Ok(());
+                }
+                IngestStep::Refused(refusal) => {
+                    tracing::warn!(document = %document.id(), peer = %self.peer, %refusal, "change refused");
+                    return Err(Ending::protocol(refusal.reason(), refusal));
+                }
+            }
+        }
+    }
+
+    /// Relays presence. It never loads a document, but whoever sends it is interested in what others send.
+    fn receive_ephemeral(&mut self, message: Ephemeral) {
+        if !self.ephemerals.take(Instant::now()) {
+            self.node.metrics.lossy_dropped.increment(1);
+            return;
+        }
+        let slot = match self.slots.get(&message.document) {
+            Some(slot) => *slot,
+            None if self.subscriptions.len() >= self.node.settings.connection_documents_max => return,
+            None => match self.node.documents.resident(&message.document) {
+                Some(document) => self.subscribe_to(document),
+                None => return,
+            },
+        };
+        let subscription = &self.subscriptions[slot.0 as usize];
+        let dropped = subscription.document.relay(subscription.key, message);
+        self.node.metrics.lossy_dropped.increment(dropped);
+    }
+}
+
+/// Cuts concatenated chunks into changes; whole documents are split by the CRDT.
+async fn take_apart(node: &Node, entry: Bytes) -> Result<Vec<Change>, Ending> {
+    let limits = node.documents.limits().clone();
+    let large = entry.len() > PARSE_INLINE_BYTES;
+    let parse = move || parse_chunks(entry, &limits);
+    let parts = match large {
+        false => parse(),
+        true => tokio::task::spawn_blocking(parse).await.map_err(|_| Ending::Gone)?,
+    }?;
+    let mut changes = Vec::new();
+    for part in parts {
+        match part {
+            Part::Changes(more) => changes.extend(more),
+            Part::Whole(chunk) => changes.extend(split(node, chunk).await?),
+        }
+    }
+    Ok(changes)
+}
+
+async fn split(node: &Node, chunk: Chunk) -> Result<Vec<Change>, Ending> {
+    let is_bundle = chunk.kind == ChunkKind::Bundle;
+    let split = node.documents.materialiser().split(MaterialiseReason::Upload, chunk.bytes, is_bundle);
+    let split = split.await.map_err(|error| Ending::protocol("document_does_not_apply", error))?;
+    let limits = node.documents.limits().clone();
+    let parse = move || split.into_iter().map(|bytes| Change::decode(bytes, &limits)).collect();
+    let parsed: Result<Vec<Change>, _> =
+        tokio::task::spawn_blocking(parse).await.map_err(|_| Ending::Gone)?;
+    parsed.map_err(|error| Ending::protocol(error.reason(), error))
+}
+
+/// What an entry of a sync message contains.
+enum Part {
+    Changes(Vec<Change>),
+    /// A document or bundle chunk that has passed the census.
+    Whole(Chunk),
+}
+
+fn parse_chunks(entry: Bytes, limits: &isobar_protocol::config::Limits) -> Result<Vec<Part>, Ending> {
+    let mut parts = Vec::new();
+    let mut changes = Vec::new();
+    for chunk in chunks(entry) {
+        let chunk = chunk.map_err(|error| Ending::protocol("malformed_chunk", error))?;
+        match chunk.kind {
+            ChunkKind::Change | ChunkKind::DeflatedChange => {
+                let change = Change::parse(&chunk, limits);
+                changes.push(change.map_err(|error| Ending::protocol(error.reason(), error))?);
+            }
+            ChunkKind::Document | ChunkKind::Bundle => {
+                census(&chunk, limits).map_err(|error| Ending::protocol("document_refused", error))?;
+                parts.push(Part::Changes(std::mem::take(&mut changes)));
+                parts.push(Part::Whole(chunk));
+            }
+        }
+    }
+    parts.push(Part::Changes(changes));
+    Ok(parts)
+}

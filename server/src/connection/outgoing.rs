@@ -1,0 +1,143 @@
+//! From marked subscriptions to the socket: each message is made when the socket takes it.
+
+use std::sync::Arc;
+
+use axum::extract::ws::Message;
+use bytes::Bytes;
+use isobar_protocol::ids::PeerId;
+use isobar_protocol::sync_message::{SyncMessage, SyncVersion};
+use isobar_protocol::wire::{self, SharedSyncFrame};
+use tokio::time::Instant;
+
+use super::{Connection, Ending, GATHER, WRITE_BYTES, load_failed};
+use crate::documents::{Document, Outgoing, joined};
+use crate::node::Node;
+use crate::outbox::{LossyFrame, Slot};
+use crate::telemetry::MaterialiseReason;
+
+impl Connection {
+    /// Writes what there is to say, up to what the socket should be given at once; the rest stays marked.
+    pub(super) async fn fill(&mut self) -> Result<(), Ending> {
+        let mut written = 0;
+        for frame in self.outbox.take(&mut self.dirty) {
+            written += self.send_lossy(frame)?;
+        }
+        let mut next = 0;
+        while next < self.dirty.len() && written < WRITE_BYTES {
+            let slot = self.dirty[next];
+            next += 1;
+            written += self.send_sync(slot).await?;
+        }
+        self.dirty.drain(..next);
+        Ok(())
+    }
+
+    fn send_lossy(&mut self, frame: LossyFrame) -> Result<usize, Ending> {
+        let bytes = match frame {
+            LossyFrame::Ephemeral(it) => {
+                wire::encode_ephemeral(&it.sender, &self.peer, &it.document, &it.session, it.count, &it.data)
+            }
+            LossyFrame::RemoteHeads { document, heads } => match self.watched.contains(&heads.storage_id) {
+                true => {
+                    wire::encode_remote_heads_changed(&self.node.peer_id, &self.peer, &document, &[heads])
+                }
+                false => return Ok(0),
+            },
+        };
+        self.send_bytes(bytes)
+    }
+
+    pub(super) fn send_bytes(&mut self, bytes: Vec<u8>) -> Result<usize, Ending> {
+        let length = bytes.len();
+        self.send(Message::Binary(bytes.into()))?;
+        Ok(length)
+    }
+
+    /// Sends what a subscription has to say, if anything; returns the bytes.
+    async fn send_sync(&mut self, slot: Slot) -> Result<usize, Ending> {
+        let now = Instant::now();
+        let subscription = &mut self.subscriptions[slot.0 as usize];
+        if subscription.session.is_behind() && now < subscription.last_sent + GATHER {
+            if !std::mem::replace(&mut subscription.held, true) {
+                let until = subscription.last_sent + GATHER;
+                self.held.push((until, slot));
+                self.arm_timer(until, false);
+            }
+            return Ok(0);
+        }
+        subscription.held = false;
+        let document = subscription.document.clone();
+        let outgoing = document.lock().generate(
+            subscription.key,
+            &mut subscription.session,
+            &self.node.peer_id,
+            document.id(),
+        );
+        let reported = self.report_heads(slot)?;
+        let Some(outgoing) = outgoing else { return Ok(reported) };
+        self.subscriptions[slot.0 as usize].last_sent = now;
+        let bytes = frame(&self.node, &self.peer, &document, outgoing).await?;
+        Ok(reported + self.send_bytes(bytes)?)
+    }
+}
+
+/// Encodes what a session has to say, for this peer.
+async fn frame(
+    node: &Node,
+    peer: &PeerId,
+    document: &Arc<Document>,
+    outgoing: Outgoing,
+) -> Result<Vec<u8>, Ending> {
+    let metrics = &node.metrics;
+    match outgoing {
+        Outgoing::Unavailable => {
+            metrics.unavailable_sent.increment(1);
+            Ok(wire::encode_unavailable(&node.peer_id, peer, document.id()))
+        }
+        Outgoing::Shared(frame) => {
+            metrics.sync_messages_shared.increment(1);
+            Ok(frame.for_target(peer))
+        }
+        Outgoing::Whole { key, message } => {
+            metrics.sync_messages_single.increment(1);
+            let message = prepend_base(node, document, message).await?;
+            let frame = Arc::new(SharedSyncFrame::new(&node.peer_id, document.id(), &message));
+            document.share(key, &frame);
+            Ok(frame.for_target(peer))
+        }
+        Outgoing::Single { mut message, with_base } => {
+            metrics.sync_messages_single.increment(1);
+            if with_base {
+                message = prepend_base(node, document, message).await?;
+            }
+            if message.version == SyncVersion::V2 {
+                message = joined(message);
+            }
+            let data = message.encode();
+            Ok(wire::encode_sync(false, &node.peer_id, peer, document.id(), &data))
+        }
+    }
+}
+
+/// Puts the base before the changes of a message: its chunk, or its changes for a client that knows no chunks.
+async fn prepend_base(
+    node: &Node,
+    document: &Document,
+    mut message: SyncMessage,
+) -> Result<SyncMessage, Ending> {
+    let documents = &node.documents;
+    let chunk = documents.base_chunk(document).await.map_err(|error| load_failed(document.id(), &error))?;
+    let mut changes: Vec<Bytes> = match message.version {
+        SyncVersion::V2 => vec![chunk],
+        SyncVersion::V1 => {
+            let split = documents.materialiser().split(MaterialiseReason::OldClient, chunk, false);
+            split.await.map_err(|error| {
+                tracing::error!(document = %document.id(), %error, "base cannot be split");
+                Ending::TryAgain
+            })?
+        }
+    };
+    changes.append(&mut message.changes);
+    message.changes = changes;
+    Ok(if message.version == SyncVersion::V2 { joined(message) } else { message })
+}

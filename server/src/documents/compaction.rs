@@ -1,0 +1,142 @@
+//! Making bases: what keeps a document's history small at rest and quick to join.
+//!
+//! A base takes in the older part of a tail. It is made off the async threads, proved by loading it again, installed
+//! in one transaction, and only then are the changes that it covers removed, in steps. Killed at any moment, the
+//! document is whole: covered changes that are still there are recognised by the index and removed at the next load.
+//!
+//! This is also where it shows that a document does not apply. Such a document is quarantined: it is served to nobody
+//! until an operator has looked at it, and no other document notices.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use bytes::Bytes;
+use isobar_protocol::base::{BaseEntry, BaseIndex, BaseSummary};
+use isobar_protocol::ids::{ChangeHash, DocumentId};
+
+use super::document::{Document, TAIL_CHANGES_KEPT};
+use super::{Documents, LoadError};
+use crate::materialise::MaterialiseError;
+use crate::storage::{DocumentState, NewBase, StorageError};
+
+/// Changes removed in one transaction. Appends wait for it on an embedded database.
+const PRUNE_CHANGES: usize = 1_000;
+
+/// Why no base was made. The document is as it was.
+#[derive(Debug, thiserror::Error)]
+enum CompactionError {
+    #[error(transparent)]
+    DoesNotApply(#[from] MaterialiseError),
+    #[error(transparent)]
+    Load(#[from] LoadError),
+}
+
+impl From<StorageError> for CompactionError {
+    fn from(error: StorageError) -> Self {
+        Self::Load(LoadError::Storage(error))
+    }
+}
+
+/// The part of a document that goes into its next base.
+struct Cut {
+    generation: u64,
+    summary: BaseSummary,
+    entries: Vec<BaseEntry>,
+    changes: Vec<Bytes>,
+}
+
+impl Documents {
+    /// Makes a base for the document and prunes what it covers. Reports failures itself.
+    pub(super) async fn compact(&self, document: &Arc<Document>) {
+        let started = Instant::now();
+        match self.install_next_base(document).await {
+            Ok(Some((generation, covered))) => {
+                document.lock().compacting = false;
+                self.metrics.bases_made.increment(1);
+                self.metrics.base_seconds.record(started.elapsed().as_secs_f64());
+                tracing::debug!(document = %document.id(), generation, changes = covered.len(), "base made");
+                self.prune_logged(document.id(), generation, &covered).await;
+            }
+            Ok(None) => document.lock().compacting = false,
+            Err(CompactionError::DoesNotApply(error)) => self.quarantine(document, &error.to_string()).await,
+            Err(CompactionError::Load(error)) => {
+                tracing::warn!(document = %document.id(), %error, "base not made");
+                document.lock().compacting = false;
+            }
+        }
+    }
+
+    async fn install_next_base(
+        &self,
+        document: &Arc<Document>,
+    ) -> Result<Option<(u64, Vec<ChangeHash>)>, CompactionError> {
+        let Some(cut) = cut(document) else { return Ok(None) };
+        let old = if cut.generation > 0 { Some(self.base_chunk(document).await?) } else { None };
+        let index = match cut.generation {
+            0 => BaseIndex::default(),
+            _ => self.read_index(document.id()).await?.1,
+        };
+        let heads = cut.summary.heads.iter().map(|head| head.hash).collect();
+        let chunk = self.materialiser.make_base(old, cut.changes, heads).await?;
+        let covered: Vec<ChangeHash> = cut.entries.iter().map(|entry| entry.hash).collect();
+        let index = index.extended(cut.entries.into_iter());
+        assert_eq!(
+            index.len() as u64,
+            cut.summary.change_count,
+            "the index and the base cover the same changes"
+        );
+        let base = NewBase { summary: cut.summary.encode(), index: index.encode(), chunk };
+        let generation = self.storage.install_base(document.id(), cut.generation, base).await?;
+        let mut state = document.lock();
+        state.graph.rebase(cut.summary);
+        state.generation = generation;
+        Ok(Some((generation, covered)))
+    }
+
+    /// Removes covered changes. If it fails half-way the next load goes on.
+    pub(super) async fn prune_logged(&self, document: &DocumentId, generation: u64, covered: &[ChangeHash]) {
+        if let Err(error) = self.prune(document, generation, covered).await {
+            tracing::warn!(%document, %error, "covered changes not removed yet");
+        }
+    }
+
+    async fn prune(
+        &self,
+        document: &DocumentId,
+        generation: u64,
+        covered: &[ChangeHash],
+    ) -> Result<(), StorageError> {
+        for hashes in covered.chunks(PRUNE_CHANGES) {
+            self.storage.prune_changes(document, hashes).await?;
+        }
+        self.storage.finish_prune(document, generation).await
+    }
+
+    /// Takes a document out of service.
+    async fn quarantine(&self, document: &Arc<Document>, reason: &str) {
+        tracing::error!(document = %document.id(), reason, "document quarantined");
+        self.metrics.quarantines.increment(1);
+        document.lock().quarantine();
+        let state = DocumentState::Quarantined { reason: reason.to_owned() };
+        if let Err(error) = self.storage.set_state(document.id(), &state).await {
+            // It is found again, and quarantined again, by the next attempt to make a base.
+            tracing::warn!(document = %document.id(), %error, "quarantine not recorded");
+        }
+    }
+}
+
+fn cut(document: &Document) -> Option<Cut> {
+    let state = document.lock();
+    let start = state.graph.tail_start();
+    let end = state.graph.durable_end().saturating_sub(TAIL_CHANGES_KEPT);
+    if end <= start {
+        return None;
+    }
+    let (summary, entries) = state.graph.summarise(end);
+    Some(Cut {
+        generation: state.generation,
+        summary,
+        entries,
+        changes: state.graph.changes(start..end).map(|(_, bytes)| bytes.clone()).collect(),
+    })
+}

@@ -1,0 +1,205 @@
+//! What the node says about itself: logs on standard error, metrics for Prometheus.
+//!
+//! Metrics are handles made once, so that counting on the hot path is one atomic addition. Each node has a recorder
+//! of its own; nothing global is installed, and several nodes may share a process.
+
+use std::io::IsTerminal;
+use std::time::Duration;
+
+use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
+use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    #[default]
+    Text,
+    Json,
+}
+
+/// Starts logging to standard error. `filter` has the syntax of `tracing_subscriber::EnvFilter`, such as
+/// `info,isobar=debug`.
+pub fn start_logging(filter: &str, format: LogFormat) -> anyhow::Result<()> {
+    let filter = tracing_subscriber::EnvFilter::try_new(filter)?;
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => builder.init(),
+        LogFormat::Json => builder.json().init(),
+    }
+    Ok(())
+}
+
+/// Why a document was materialised: opened with the CRDT instead of relayed as bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MaterialiseReason {
+    /// A client uploaded a whole document chunk, which has to be split into changes.
+    Upload,
+    /// A base was made.
+    Compaction,
+    /// A client that knows only the first version of the sync protocol needs what is in a base.
+    OldClient,
+}
+
+impl MaterialiseReason {
+    const ALL: [Self; 3] = [Self::Upload, Self::Compaction, Self::OldClient];
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::Upload => "upload",
+            Self::Compaction => "compaction",
+            Self::OldClient => "old_client",
+        }
+    }
+}
+
+/// Every metric of the node.
+pub struct Metrics {
+    recorder: PrometheusRecorder,
+    handle: PrometheusHandle,
+    pub connections: Gauge,
+    pub connections_opened: Counter,
+    pub frames_received: Counter,
+    pub frame_bytes_received: Counter,
+    pub frames_sent: Counter,
+    pub frame_bytes_sent: Counter,
+    pub sync_messages_shared: Counter,
+    pub sync_messages_single: Counter,
+    pub unavailable_sent: Counter,
+    pub lossy_dropped: Counter,
+    pub echoes_dropped: Counter,
+    pub commits: Counter,
+    pub committed_changes: Counter,
+    pub commit_seconds: Histogram,
+    pub commit_batch_changes: Histogram,
+    pub commit_retries: Counter,
+    pub commit_queue_bytes: Gauge,
+    pub documents_resident: Gauge,
+    pub resident_bytes: Gauge,
+    pub documents_loaded: Counter,
+    pub documents_evicted: Counter,
+    pub pending_changes: Gauge,
+    pub index_loads: Counter,
+    pub bases_made: Counter,
+    pub base_seconds: Histogram,
+    pub quarantines: Counter,
+    pub log_truncated_seq: Gauge,
+}
+
+impl Metrics {
+    pub fn new() -> Self {
+        let recorder = PrometheusBuilder::new()
+            .set_buckets(&[0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0])
+            .expect("the buckets are not empty")
+            .set_buckets_for_metric(
+                metrics_exporter_prometheus::Matcher::Full("isobar_commit_batch_changes".into()),
+                &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0],
+            )
+            .expect("the buckets are not empty")
+            .build_recorder();
+        let handle = recorder.handle();
+        let metrics = metrics::with_local_recorder(&recorder, Registered::new);
+        for reason in MaterialiseReason::ALL {
+            // Present from the start, so that "never" reads as 0.
+            metrics::with_local_recorder(&recorder, || materialised_counter(reason).increment(0));
+        }
+        metrics.into_metrics(recorder, handle)
+    }
+
+    /// The exposition text for Prometheus.
+    pub fn render(&self) -> String {
+        self.handle.render()
+    }
+
+    /// Folds histogram samples together; called now and then so that they do not pile up between scrapes.
+    pub fn run_upkeep(&self) {
+        self.handle.run_upkeep();
+    }
+
+    pub fn committed(&self, changes: usize, took: Duration) {
+        self.commits.increment(1);
+        self.committed_changes.increment(changes as u64);
+        self.commit_batch_changes.record(changes as f64);
+        self.commit_seconds.record(took.as_secs_f64());
+    }
+
+    /// Counts something refused from a client, by reason.
+    pub fn refused(&self, reason: &'static str) {
+        metrics::with_local_recorder(&self.recorder, || {
+            counter!("isobar_refused_total", "reason" => reason).increment(1);
+        });
+    }
+
+    pub fn materialised(&self, reason: MaterialiseReason) {
+        metrics::with_local_recorder(&self.recorder, || materialised_counter(reason).increment(1));
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn materialised_counter(reason: MaterialiseReason) -> Counter {
+    counter!("isobar_documents_materialised_total", "reason" => reason.label())
+}
+
+macro_rules! registered {
+    ($($field:ident: $kind:ident = $name:literal, $help:literal;)*) => {
+        /// The handles, before they are put beside their recorder.
+        struct Registered { $($field: registered!(@type $kind),)* }
+
+        impl Registered {
+            fn new() -> Self {
+                $(registered!(@describe $kind, $name, $help);)*
+                Self { $($field: $kind!($name),)* }
+            }
+
+            fn into_metrics(self, recorder: PrometheusRecorder, handle: PrometheusHandle) -> Metrics {
+                Metrics { recorder, handle, $($field: self.$field,)* }
+            }
+        }
+    };
+    (@type counter) => { Counter };
+    (@type gauge) => { Gauge };
+    (@type histogram) => { Histogram };
+    (@describe counter, $name:literal, $help:literal) => { metrics::describe_counter!($name, $help) };
+    (@describe gauge, $name:literal, $help:literal) => { metrics::describe_gauge!($name, $help) };
+    (@describe histogram, $name:literal, $help:literal) => { metrics::describe_histogram!($name, $help) };
+}
+
+registered! {
+    connections: gauge = "isobar_connections", "Client connections that are open.";
+    connections_opened: counter = "isobar_connections_opened_total", "Client connections ever accepted.";
+    frames_received: counter = "isobar_frames_received_total", "Frames received from clients.";
+    frame_bytes_received: counter = "isobar_frame_bytes_received_total", "Bytes of frames received from clients.";
+    frames_sent: counter = "isobar_frames_sent_total", "Frames sent to clients.";
+    frame_bytes_sent: counter = "isobar_frame_bytes_sent_total", "Bytes of frames sent to clients.";
+    sync_messages_shared: counter = "isobar_sync_messages_shared_total",
+        "Sync messages sent that were built once for all clients that stand alike.";
+    sync_messages_single: counter = "isobar_sync_messages_single_total", "Sync messages built for one client.";
+    unavailable_sent: counter = "isobar_unavailable_sent_total", "Times a client was told that a document is unavailable.";
+    lossy_dropped: counter = "isobar_lossy_frames_dropped_total",
+        "Presence frames dropped: the client was slow, or its sender too fast.";
+    echoes_dropped: counter = "isobar_echoes_dropped_total", "Frames dropped because their sender is not the connection's.";
+    commits: counter = "isobar_commits_total", "Transactions that appended changes.";
+    committed_changes: counter = "isobar_committed_changes_total", "Changes made durable.";
+    commit_seconds: histogram = "isobar_commit_seconds", "Time of one append transaction.";
+    commit_batch_changes: histogram = "isobar_commit_batch_changes", "Changes in one append transaction.";
+    commit_retries: counter = "isobar_commit_retries_total", "Appends repeated after a passing failure.";
+    commit_queue_bytes: gauge = "isobar_commit_queue_bytes", "Bytes that wait for their commit.";
+    documents_resident: gauge = "isobar_documents_resident", "Documents in memory.";
+    resident_bytes: gauge = "isobar_documents_resident_bytes", "What the documents in memory occupy, roughly.";
+    documents_loaded: counter = "isobar_documents_loaded_total", "Documents brought into memory.";
+    documents_evicted: counter = "isobar_documents_evicted_total", "Documents dropped from memory.";
+    pending_changes: gauge = "isobar_pending_changes", "Changes that wait for a dependency.";
+    index_loads: counter = "isobar_base_index_loads_total", "Times the index of a base was read to check a change.";
+    bases_made: counter = "isobar_bases_made_total", "Compactions: bases made and installed.";
+    base_seconds: histogram = "isobar_base_seconds", "Time to make and install one base.";
+    quarantines: counter = "isobar_documents_quarantined_total", "Documents quarantined because they do not apply.";
+    log_truncated_seq: gauge = "isobar_log_truncated_seq", "The seq up to which this node's log has been truncated.";
+}

@@ -1,0 +1,80 @@
+// A stock automerge-repo client, as an application would set it up, and what a test needs to see of it.
+
+import * as Automerge from "@automerge/automerge";
+import { Repo, decodeHeads } from "@automerge/automerge-repo";
+import { WebSocketClientAdapter } from "@automerge/automerge-repo-network-websocket";
+import { NodeFSStorageAdapter } from "@automerge/automerge-repo-storage-nodefs";
+
+import { until } from "./until.mjs";
+
+// The stock client waits five seconds; tests of reconnection need not.
+const RETRY_INTERVAL_MS = 150;
+
+export class Client {
+  /** Everything the server sent, in order, decoded as far as the adapter does. Bounded by the tests' length. */
+  received = [];
+
+  /** `folder` gives the client a storage on disk; `gossip` lets it follow remote heads. */
+  constructor(url, { folder, gossip = false, peerId } = {}) {
+    this.adapter = new WebSocketClientAdapter(url, RETRY_INTERVAL_MS);
+    this.adapter.on("message", message => this.received.push(message));
+    this.repo = new Repo({
+      network: [this.adapter],
+      storage: folder ? new NodeFSStorageAdapter(folder) : undefined,
+      isEphemeral: folder === undefined,
+      enableRemoteHeadsGossiping: gossip,
+      peerId,
+    });
+  }
+
+  /** Calls `listener(documentId, heads)` for each sync message: the server's heads, as change hashes. */
+  onHeads(listener) {
+    this.adapter.on("message", message => {
+      if (message.type === "sync" || message.type === "request")
+        listener(message.documentId, Automerge.decodeSyncMessage(message.data).heads);
+    });
+  }
+
+  /** The region's storage id, once the handshake is done. */
+  async regionStorageId() {
+    await until(() => this.repo.peers.length > 0, "the handshake");
+    return this.repo.peerMetadataByPeerId[this.repo.peers[0]]?.storageId;
+  }
+
+  /** Waits until the server has announced heads that equal the handle's: everything in it is stored. */
+  async saved(handle) {
+    const storageId = await this.regionStorageId();
+    await until(() => {
+      const saved = handle.getSyncInfo(storageId)?.lastHeads ?? [];
+      return sameMembers(saved, handle.heads());
+    }, `the acknowledgement of ${handle.documentId}`);
+  }
+
+  async close() {
+    this.adapter.retryInterval = 0;
+    await this.repo.shutdown();
+  }
+}
+
+/** The hashes of every change in the handle's document. */
+export function changeHashes(handle) {
+  return new Set(Automerge.getAllChanges(handle.doc()).map(change => Automerge.decodeChange(change).hash));
+}
+
+/** The heads of a handle as plain change hashes. */
+export function headHashes(handle) {
+  return decodeHeads(handle.heads());
+}
+
+export function sameMembers(left, right) {
+  return left.length === right.length && left.every(member => right.includes(member));
+}
+
+/** Waits until every handle shows the same heads, none of them empty. */
+export async function converged(...handles) {
+  const first = handles[0];
+  await until(
+    () => first.heads().length > 0 && handles.every(handle => sameMembers(handle.heads(), first.heads())),
+    () => `${handles.length} copies of ${first.documentId} to converge: ${JSON.stringify(handles.map(h => h.doc()))}`,
+  );
+}

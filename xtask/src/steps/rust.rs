@@ -1,0 +1,50 @@
+//! The Rust tests of every crate, and the recorded trace among them that runs by itself.
+
+use std::env;
+use std::process::Command;
+
+use anyhow::{Result, bail};
+
+use crate::postgres::SharedPostgres;
+use crate::process::Run;
+use crate::steps::Outcome;
+
+/// Names the folder that holds the recorded editing traces.
+const TRACE_DATA: &str = "ISOBAR_TRACE_DATA";
+
+/// Every test of the workspace but the trace, which has a step of its own.
+pub fn run(postgres: &mut SharedPostgres) -> Result<()> {
+    let mut command = if nextest_is_there() {
+        let mut command = Command::new("cargo");
+        command.args(["nextest", "run", "--locked", "--workspace", "--no-fail-fast"]);
+        command
+    } else {
+        println!("cargo-nextest is not installed: cargo test does the same, one crate after another");
+        let mut command = Command::new("cargo");
+        command.args(["test", "--locked", "--workspace", "--no-fail-fast"]);
+        command
+    };
+    command.envs(postgres.environment()?).env_remove(TRACE_DATA).run()
+}
+
+/// The recorded editing session, alone on the machine since it measures, too.
+pub fn trace(postgres: &mut SharedPostgres) -> Result<Outcome> {
+    let Some(folder) = env::var_os(TRACE_DATA) else {
+        return Ok(Outcome::Skipped(format!("{TRACE_DATA} does not name a folder with the traces")));
+    };
+    // Tests run in their crate's folder, so a relative path must be made absolute here.
+    let Ok(folder) = std::path::absolute(&folder).and_then(|path| path.canonicalize()) else {
+        bail!("{TRACE_DATA} names {}, which does not exist", folder.display());
+    };
+    Command::new("cargo")
+        .args(["test", "--locked", "--package", "isobar", "--test", "trace"])
+        .args(["--", "--nocapture", "--test-threads", "1"])
+        .envs(postgres.environment()?)
+        .env(TRACE_DATA, folder)
+        .run()?;
+    Ok(Outcome::Passed)
+}
+
+fn nextest_is_there() -> bool {
+    Command::new("cargo").args(["nextest", "--version"]).succeeds()
+}
