@@ -24,6 +24,9 @@ use tokio::sync::broadcast;
 
 use crate::session::BARE_BROADCAST;
 
+/// Room for reading from and writing to a socket: what the node gives each connection.
+const SOCKET_BUFFER_BYTES: usize = 4 << 10;
+
 /// Frames that a slow reader may be behind before it loses some.
 const ROOM_FRAMES: usize = 1024;
 
@@ -59,7 +62,10 @@ async fn enter(
         rooms.entry(name).or_insert_with(|| broadcast::channel(ROOM_FRAMES).0).clone()
     };
     let member = rooms.next_member.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-    upgrade.on_upgrade(move |socket| relay(socket, sender, member))
+    upgrade
+        .read_buffer_size(SOCKET_BUFFER_BYTES)
+        .write_buffer_size(SOCKET_BUFFER_BYTES)
+        .on_upgrade(move |socket| Box::pin(relay(socket, sender, member)))
 }
 
 async fn relay(mut socket: WebSocket, room: broadcast::Sender<(u64, Bytes)>, member: u64) {

@@ -99,10 +99,12 @@ impl Client {
     }
 
     /// [`Client::step`], unless nothing arrives within `wait`. Only the reading is given up, never an answer.
-    async fn step_within(&mut self, wait: Duration) -> Result<()> {
+    ///
+    /// Tells whether something arrived.
+    pub async fn step_within(&mut self, wait: Duration) -> Result<bool> {
         match tokio::time::timeout(wait, self.socket.next()).await {
-            Ok(message) => self.take(message).await,
-            Err(_) => Ok(()),
+            Ok(message) => self.take(message).await.map(|()| true),
+            Err(_) => Ok(false),
         }
     }
 
@@ -143,7 +145,7 @@ impl Client {
     pub async fn until(&mut self, patience: Duration, done: impl Fn(&Session) -> bool) -> Result<()> {
         let steps = async {
             while !done(&self.session) {
-                if self.session.is_unavailable() {
+                if self.session.is_unavailable() && self.session.held() == 0 {
                     bail!("the server does not have the document");
                 }
                 self.step().await?;
@@ -153,8 +155,16 @@ impl Client {
         tokio::time::timeout(patience, steps).await.with_context(|| format!("nothing within {patience:?}"))?
     }
 
-    pub async fn close(mut self) {
-        let _ = tokio::time::timeout(Duration::from_secs(1), self.socket.close(None)).await;
+    pub async fn close(self) {
+        self.into_session().1.await;
+    }
+
+    /// What the client knows, and the closing of its connection.
+    pub fn into_session(mut self) -> (Session, impl Future<Output = ()>) {
+        let closing = async move {
+            let _ = tokio::time::timeout(Duration::from_secs(1), self.socket.close(None)).await;
+        };
+        (self.session, closing)
     }
 }
 

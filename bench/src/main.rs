@@ -12,6 +12,7 @@ mod results;
 mod scenario;
 mod servers;
 mod session;
+mod trace;
 mod workload;
 
 use std::path::PathBuf;

@@ -6,10 +6,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
+use crate::database;
 use crate::report;
 use crate::results::{Results, Sample};
-use crate::scenario::{Name, Sizes, fanout, idle, many, sample_of};
-use crate::servers::{Environment, Kind, Wanted};
+use crate::scenario::{Name, Sizes, durable, fanout, idle, join, many, sample_of};
+use crate::servers::{Environment, Kind, Wanted, target_directory};
+use crate::trace::{self, Paper};
 use crate::workload::{Chain, Seed};
 
 pub struct Options {
@@ -26,12 +28,19 @@ pub struct Options {
 /// The longest that one scenario may take on one server in one round.
 const SAMPLE_PATIENCE: Duration = Duration::from_secs(240);
 
+/// Changes prepared for each durable writer; at 50 writers enough for 100,000 a second over ten seconds.
+const DURABLE_EDITS: usize = 20_000;
+
+/// How long bare inserts are measured.
+const INSERT_TIME: Duration = Duration::from_secs(2);
+
 struct Run {
     environment: Environment,
     sizes: Sizes,
     servers: Vec<Kind>,
     results: Results,
     started: Instant,
+    paper: Option<Paper>,
 }
 
 pub async fn run(options: Options) -> Result<()> {
@@ -46,7 +55,8 @@ pub async fn run(options: Options) -> Result<()> {
         results.skipped.insert(kind.name().to_owned(), reason.clone());
     }
     let servers = options.servers.iter().copied().filter(|kind| !missing.contains_key(kind)).collect();
-    let mut run = Run { environment, sizes, servers, results, started: Instant::now() };
+    let mut run = Run { environment, sizes, servers, results, started: Instant::now(), paper: None };
+    run.open_paper(&options)?;
     for scenario in &options.scenarios {
         run.scenario(*scenario).await?;
     }
@@ -62,8 +72,30 @@ impl Run {
             Name::Fanout => self.fanout().await,
             Name::Many => self.many().await,
             Name::Idle => self.idle().await,
-            Name::Large | Name::Join | Name::Durable => Ok(()),
+            Name::Large => self.large().await,
+            Name::Join => self.join().await,
+            Name::Durable => self.durable().await,
         }
+    }
+
+    /// Opens the large document if a scenario needs it; without its data those scenarios are skipped, and say so.
+    fn open_paper(&mut self, options: &Options) -> Result<()> {
+        let needing: Vec<Name> = options.scenarios.iter().copied().filter(|name| name.needs_trace()).collect();
+        if needing.is_empty() {
+            return Ok(());
+        }
+        let cache = target_directory()?.join("bench-cache");
+        let Some(data) = &options.data else {
+            let reason = format!("no --data directory with {} was given", trace::FILE);
+            for name in needing {
+                self.results.skipped.insert(format!("scenario {name:?}").to_lowercase(), reason.clone());
+            }
+            return Ok(());
+        };
+        let paper = Paper::load(data, &cache)?;
+        self.environment.file = Some(paper.automerge_path.clone());
+        self.paper = Some(paper);
+        Ok(())
     }
 
     /// Runs `sample` for every server in every round, interleaved.
@@ -120,6 +152,56 @@ impl Run {
             seconds: self.sizes.idle_seconds,
         };
         self.rounds(report::IDLE, async |environment, kind| idle::run(environment, kind, &load).await).await;
+        Ok(())
+    }
+
+    async fn large(&mut self) -> Result<()> {
+        let Some(paper) = &self.paper else { return Ok(()) };
+        let edits = self.sizes.large_seconds * fanout::EDITS_PER_SECOND;
+        let chain = Arc::new(Chain::build(paper.seed()?, edits as usize, 1)?);
+        // Servers that load the document for every change are far behind when the writer ends.
+        let load = fanout::Load { chain, readers: self.sizes.large_readers, drain: Duration::from_secs(30) };
+        self.rounds(report::LARGE, async |environment, kind| fanout::run(environment, kind, &load).await).await;
+        Ok(())
+    }
+
+    async fn join(&mut self) -> Result<()> {
+        let Some(paper) = &self.paper else { return Ok(()) };
+        let chain = Arc::new(Chain::build(paper.seed()?, 0, 1)?);
+        let load = join::Load { bytes: paper.automerge_bytes(), chain, joins: self.sizes.joins };
+        self.rounds(report::JOIN, async |environment, kind| join::run(environment, kind, &load).await).await;
+        Ok(())
+    }
+
+    async fn durable(&mut self) -> Result<()> {
+        let chain = Arc::new(Chain::build(Seed::small()?, DURABLE_EDITS, 1)?);
+        let load = durable::Load {
+            chain,
+            clients: self.sizes.durable_clients,
+            window: self.sizes.durable_window,
+            duration: Duration::from_secs(self.sizes.durable_seconds.into()),
+        };
+        // The inserts run beside nothing else, in each round, so that they see the same disk as the servers.
+        self.rounds(report::DURABLE, async |environment, kind| {
+            let mut sample = match kind {
+                Kind::BareAnswered | Kind::BareSilent => return Ok(Sample::default()),
+                _ => durable::run(environment, kind, &load).await?,
+            };
+            let scratch = environment.scratch();
+            match (kind, environment.postgres()) {
+                (Kind::IsobarSqlite, _) => {
+                    let rate = database::sqlite_inserts_per_s(scratch, &load.chain, INSERT_TIME).await?;
+                    sample.set("inserts_per_s", rate);
+                }
+                (Kind::IsobarPostgres, Some(postgres)) => {
+                    let rate = database::postgres_inserts_per_s(postgres, &load.chain, INSERT_TIME).await?;
+                    sample.set("inserts_per_s", rate);
+                }
+                _ => {}
+            }
+            Ok(sample)
+        })
+        .await;
         Ok(())
     }
 }

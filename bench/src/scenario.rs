@@ -123,7 +123,7 @@ impl CpuMark {
 
     /// Adds what was used since, per `count` of something, in microseconds.
     fn per(&self, earlier: &Self, count: u64, sample: &mut Sample) {
-        let per = |now: Duration, then: Duration| (now - then).as_secs_f64() * 1e6 / count.max(1) as f64;
+        let per = |now: Duration, then: Duration| now.saturating_sub(then).as_secs_f64() * 1e6 / count.max(1) as f64;
         sample.set("cpu_us", per(self.server, earlier.server));
         sample.set("generator_cpu_us", per(self.generator, earlier.generator));
         if self.database > Duration::ZERO {
@@ -152,14 +152,16 @@ fn observe(observations: Vec<Observation>, expected: u32, sample: &mut Sample) -
     let mut latencies = Vec::new();
     let (mut delivered, mut complete) = (0, 0);
     let mut traffic = crate::client::Traffic::default();
+    let mut failures = Vec::new();
     for seen in observations {
         latencies.extend(seen.latencies_us);
         delivered += seen.delivered;
         complete += u32::from(seen.is_complete);
         traffic.add(&seen.traffic);
-        if let Some(failure) = seen.failure.filter(|_| sample.notes.is_empty()) {
-            sample.notes.push(format!("a client failed: {failure}"));
-        }
+        failures.extend(seen.failure);
+    }
+    if let Some(failure) = failures.first() {
+        sample.notes.push(format!("{} clients failed, one with: {failure}", failures.len()));
     }
     sample.set("delivered", delivered as f64);
     sample.set("converged", f64::from(complete));

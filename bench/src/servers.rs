@@ -248,7 +248,7 @@ impl<'e> Server<'e> {
         while tokio::time::Instant::now() < deadline {
             let before = self.cpu() + self.database_cpu();
             tokio::time::sleep(slice).await;
-            if self.cpu() + self.database_cpu() - before < slice / 20 {
+            if (self.cpu() + self.database_cpu()).saturating_sub(before) < slice / 20 {
                 return;
             }
         }

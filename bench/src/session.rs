@@ -112,7 +112,8 @@ impl Session {
         self.joined
     }
 
-    /// Whether the server said that it does not have the document.
+    /// Whether the server has said that it does not have the document. Who has it need not care: stock servers say so
+    /// to an uploader whose document they do not know yet.
     pub fn is_unavailable(&self) -> bool {
         self.unavailable
     }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail};
 
 use super::{CpuMark, reader, stopped_clock};
 use crate::client::{Crowd, JOIN_PATIENCE, Timeline};
@@ -41,7 +41,13 @@ pub async fn run(environment: &Environment, kind: Kind, load: &Load) -> Result<S
             if (number + 1) % CONNECT_BATCH == 0 || number + 1 == count {
                 let progress = &crowds[phase].progress;
                 let joined = progress.wait_joined(number + 1, JOIN_PATIENCE).await;
-                ensure!(joined == number + 1, "client {joined} of {count} could not join");
+                if joined <= number {
+                    let [first, second] = crowds;
+                    let mut seen = first.finish().await;
+                    seen.extend(second.finish().await);
+                    let why = seen.into_iter().find_map(|seen| seen.failure).unwrap_or_else(|| "no answer".into());
+                    bail!("phase {phase}: {joined} of {} clients could join: {why}", number + 1);
+                }
             }
         }
         server.settle(Duration::from_secs(10)).await;
@@ -55,7 +61,7 @@ pub async fn run(environment: &Environment, kind: Kind, load: &Load) -> Result<S
     let grown = resident[1] as f64 - resident[0] as f64;
     sample.set("kib_per_connection", grown / 1024.0 / f64::from(load.connections));
     sample.set("resident_mib", resident[1] as f64 / f64::from(1 << 20));
-    let busy = (after.server - before.server).as_secs_f64() / f64::from(load.seconds);
+    let busy = after.server.saturating_sub(before.server).as_secs_f64() / f64::from(load.seconds);
     sample.set("idle_cpu_percent", busy * 100.0);
     for crowd in crowds {
         crowd.finish().await;

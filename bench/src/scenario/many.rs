@@ -1,7 +1,7 @@
 //! Many documents, each with a few clients who take turns to edit it.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 
@@ -27,6 +27,8 @@ pub async fn run(environment: &Environment, kind: Kind, load: &Load) -> Result<S
     let (clock_start, clock) = stopped_clock();
     let mut crowd = Crowd::default();
     let timelines: Vec<_> = (0..load.documents).map(|_| Timeline::new(load.chain.links())).collect();
+    let deadline = Instant::now() + JOIN_PATIENCE;
+    let left = || deadline.saturating_duration_since(Instant::now());
     // The first client of each document uploads it, so all first ones go first.
     for client in 0..load.clients {
         for number in 0..load.documents {
@@ -41,11 +43,11 @@ pub async fn run(environment: &Environment, kind: Kind, load: &Load) -> Result<S
             let part = Part { timeline, edits: planned_edits(load, number, client) };
             crowd.add(server.address(&document), session, part, clock.clone());
             if crowd.size.is_multiple_of(CONNECT_BATCH) || number + 1 == load.documents {
-                crowd.progress.wait_joined(crowd.size, JOIN_PATIENCE).await;
+                crowd.progress.wait_joined(crowd.size, left()).await;
             }
         }
     }
-    let joined = crowd.progress.wait_joined(crowd.size, JOIN_PATIENCE).await;
+    let joined = crowd.progress.wait_joined(crowd.size, left()).await;
     ensure!(joined > 0, "no client could join");
 
     let duration = Duration::from_secs(u64::from(load.chain.links() / load.clients));
