@@ -7,11 +7,16 @@
 //! Whether it fits a document is not decided here: the sequence of its actor, its dependencies and where its
 //! operations may start are the change graph's business.
 
+mod operations;
+
 use bytes::Bytes;
 use smallvec::SmallVec;
 
 use crate::chunk::{Chunk, ChunkError, ChunkKind, InflationProblem, chunks, content_hash, inflate};
-use crate::config::{CHANGE_DEPENDENCIES_MAX, CHANGE_OTHER_ACTORS_MAX, Limits};
+use crate::columns::Headers;
+use crate::config::{
+    CHANGE_COLUMNS_MAX, CHANGE_DEPENDENCIES_MAX, CHANGE_OTHER_ACTORS_MAX, Limits, MAX_OP_MAX,
+};
 use crate::ids::{ActorId, ChangeHash, IdError};
 use crate::leb128::{ReadError, Reader};
 
@@ -47,9 +52,12 @@ pub enum ChangeError {
     /// The last operation's counter is above what 32 bits hold, less a reserve.
     #[error("operation counters reach {0}, which is too large")]
     CounterTooLarge(u64),
-    /// An actor stands twice.
-    #[error("an actor is named twice")]
-    DuplicateActor,
+    /// The other actors are not in strictly ascending order, or the author is among them.
+    #[error("an actor is named twice, or out of order")]
+    ActorOrder,
+    /// An actor is listed that no operation refers to.
+    #[error("an actor is named that no operation refers to")]
+    UnusedActor,
     #[error("{operations} operations, at most {operations_max} are allowed")]
     TooManyOperations { operations: u64, operations_max: u64 },
     /// A column cannot be decoded, or does not agree with the others.
@@ -60,8 +68,14 @@ pub enum ChangeError {
 /// What is wrong with a column of operations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ColumnProblem {
+    /// Columns must ascend by specification, and the predecessors of an operation by id.
     #[error("out of order, or present twice")]
     Order,
+    /// Automerge ignores it, and so loses it: the change would no longer have its hash.
+    #[error("is not known")]
+    Unknown,
+    #[error("has no bytes")]
+    Empty,
     #[error("compressed, which is not allowed in a change")]
     Deflated,
     #[error("runs are malformed at byte {at}")]
@@ -70,6 +84,8 @@ pub enum ColumnProblem {
     Count,
     #[error("names an actor that the change does not list")]
     Actor,
+    #[error("refers to an operation that cannot come before the one that refers to it")]
+    Counter,
     #[error("holds an unknown action")]
     Action,
     #[error("holds a value that is not valid")]
@@ -93,7 +109,8 @@ impl ChangeError {
             Self::SeqZero => "seq zero",
             Self::StartOpZero => "start_op zero",
             Self::CounterTooLarge(_) => "counter too large",
-            Self::DuplicateActor => "duplicate actor",
+            Self::ActorOrder => "duplicate actor",
+            Self::UnusedActor => "unused actor",
             Self::TooManyOperations { .. } => "too many operations",
             Self::Column { problem: ColumnProblem::Actor, .. } => "unknown actor",
             Self::Column { problem: ColumnProblem::Action, .. } => "unknown action",
@@ -172,9 +189,25 @@ impl Change {
         if start_op == 0 {
             return Err(ChangeError::StartOpZero);
         }
-        let _ = limits;
-        let op_count = 0;
+        let columns = Headers::read(&mut reader, CHANGE_COLUMNS_MAX)?.columns(&mut reader)?;
+        let context = operations::Context {
+            start_op,
+            other_actors: other_actors.len(),
+            actors_before_own: other_actors.partition_point(|other| *other < actor),
+            operations_max: limits.change_ops_max,
+        };
+        // A counter that is too large is refused first, so that the walk can add to it.
+        check_counter(start_op)?;
+        let op_count = operations::walk(&columns, &context)?;
+        check_counter(start_op + op_count - 1)?;
         Ok(Self { hash, deps, actor, seq, start_op, op_count, other_actors, bytes: chunk.bytes.clone() })
+    }
+}
+
+fn check_counter(counter: u64) -> Result<(), ChangeError> {
+    match counter <= MAX_OP_MAX {
+        true => Ok(()),
+        false => Err(ChangeError::CounterTooLarge(counter)),
     }
 }
 
@@ -202,7 +235,7 @@ fn read_other_actors(reader: &mut Reader<'_>, author: &ActorId) -> Result<Vec<Ac
     }
     let ascending = actors.windows(2).all(|pair| pair[0] < pair[1]);
     if !ascending || actors.contains(author) {
-        return Err(ChangeError::DuplicateActor);
+        return Err(ChangeError::ActorOrder);
     }
     Ok(actors)
 }

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use sha2::{Digest, Sha256};
 
 use crate::ids::ChangeHash;
-use crate::leb128::{ReadError, Reader, unsigned_bytes, write_unsigned};
+use crate::leb128::{ReadError, ReadProblem, Reader, unsigned_array};
 
 pub use crate::census::{Census, census};
 
@@ -33,16 +33,12 @@ pub enum ChunkError {
     /// A compressed column is not valid, or inflates to more than the limit.
     #[error("column {column}: {problem}")]
     Inflation { column: u32, problem: InflationProblem },
-    /// A column's runs are not valid.
-    #[error("column {column} is malformed at byte {at}")]
-    Column { column: u32, at: usize },
+    /// A column's runs are not valid, or claim more values than the limit.
+    #[error("column {column} at byte {at}: {problem}")]
+    Column { column: u32, at: usize, problem: ReadProblem },
     /// Columns out of order, or one twice.
     #[error("column {column} is out of order")]
     ColumnOrder { column: u32 },
-    #[error("{operations} operations, at most {operations_max} are allowed")]
-    Operations { operations: u64, operations_max: u64 },
-    #[error("{changes} changes for {operations} operations")]
-    Changes { changes: u64, operations: u64 },
     /// Bytes are left over after the last field.
     #[error("{0} bytes are left over")]
     Trailing(usize),
@@ -141,11 +137,10 @@ pub fn chunks(data: Bytes) -> impl Iterator<Item = Result<Chunk, ChunkError>> {
 
 /// The hash of a chunk's contents. A deflated change hashes as the change it inflates to.
 pub(crate) fn content_hash(kind: ChunkKind, data: &[u8]) -> ChangeHash {
-    let mut header = Vec::with_capacity(1 + unsigned_bytes(data.len() as u64));
-    header.push(kind.byte());
-    write_unsigned(&mut header, data.len() as u64);
+    let (length, length_bytes) = unsigned_array(data.len() as u64);
     let mut hasher = Sha256::new();
-    hasher.update(&header);
+    hasher.update([kind.byte()]);
+    hasher.update(&length[..length_bytes]);
     hasher.update(data);
     ChangeHash(hasher.finalize().into())
 }

@@ -7,10 +7,12 @@
 //! The dependency direction is [`ids`] and [`config`] → wire formats → change graph → session.
 
 pub mod base;
+mod base58;
 pub mod bloom;
 mod census;
 pub mod change;
 pub mod chunk;
+mod columns;
 pub mod config;
 pub mod graph;
 pub mod ids;
