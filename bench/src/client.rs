@@ -12,8 +12,8 @@ use bytes::Bytes;
 use futures_util::{SinkExt, StreamExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
-use tokio_tungstenite::tungstenite::{Error as WebSocketError, Message};
 use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
+use tokio_tungstenite::tungstenite::{Error as WebSocketError, Message};
 use tokio_tungstenite::{WebSocketStream, client_async_with_config};
 
 use crate::session::{Dialect, Session};
@@ -126,6 +126,12 @@ impl Client {
     /// Makes and sends the next edit.
     pub async fn edit(&mut self) -> Result<()> {
         self.session.edit(&mut self.out);
+        self.flush().await
+    }
+
+    /// Sends what a client that gathers its answers has gathered.
+    async fn answer_gathered(&mut self) -> Result<()> {
+        self.session.gathered_answer(&mut self.out);
         self.flush().await
     }
 
@@ -316,6 +322,9 @@ impl Crowd {
 /// How long clients may take to stop.
 const FINISH_PATIENCE: Duration = Duration::from_secs(5);
 
+/// How often a client that gathers its answers sends one.
+const GATHERED_ANSWER_EVERY: Duration = Duration::from_secs(1);
+
 /// How often a waiting client looks whether it should stop.
 const STOP_CHECK: Duration = Duration::from_millis(200);
 
@@ -327,11 +336,9 @@ async fn play(
     progress: &Progress,
     seen: &mut Observation,
 ) -> Result<()> {
-    let connecting = Client::connect(address, session);
-    let mut client = tokio::time::timeout(JOIN_PATIENCE, connecting).await.context("connecting timed out")??;
-    client.until(JOIN_PATIENCE, Session::is_joined).await?;
+    let mut client = join(address, &session, JOIN_PATIENCE).await?;
     progress.joined.fetch_add(1, Ordering::Relaxed);
-    let traffic_before = client.traffic;
+    let (traffic_before, mut last_answer) = (client.traffic, Instant::now());
     let links = client.session.document().chain.links();
     let mut planned = part.edits.into_iter().peekable();
     while !progress.stop.load(Ordering::Relaxed) {
@@ -354,6 +361,10 @@ async fn play(
             part.timeline.collect(held, now_held, &mut seen.latencies_us);
             seen.delivered += u64::from(now_held - held);
         }
+        if last_answer.elapsed() >= GATHERED_ANSWER_EVERY {
+            client.answer_gathered().await?;
+            last_answer = Instant::now();
+        }
         seen.traffic = client.traffic.since(&traffic_before);
         if client.session.held() == links && !seen.is_complete {
             seen.is_complete = true;
@@ -367,8 +378,34 @@ async fn play(
 /// Uploads a document and waits for the acknowledgement. The client stays connected.
 pub async fn upload(address: &Address, dialect: Dialect, document: &Document, name: &str) -> Result<Client> {
     let session = Session::new(dialect, format!("bench-{name}"), document.clone(), 1);
-    let connecting = Client::connect(address, session);
-    let mut client = tokio::time::timeout(JOIN_PATIENCE, connecting).await.context("connecting timed out")??;
-    client.until(Duration::from_secs(120), |session| session.is_joined()).await.context("uploading")?;
-    Ok(client)
+    join(address, &session, 2 * JOIN_PATIENCE).await.context("uploading")
+}
+
+/// How long a client waits before it connects again. Stock clients wait five seconds.
+const RECONNECT_WAIT: Duration = Duration::from_secs(1);
+
+/// Connects and waits until the document is here. A lost connection is made anew, as stock clients do: the stock
+/// servers drop clients whose pings they have not answered because they were busy with a large document themselves.
+async fn join(address: &Address, session: &Session, patience: Duration) -> Result<Client> {
+    let deadline = Instant::now() + patience;
+    let mut last_error: Option<anyhow::Error> = None;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let attempt = async {
+            let mut client = Client::connect(address, session.afresh()).await?;
+            client.until(left, Session::is_joined).await?;
+            Ok::<_, anyhow::Error>(client)
+        };
+        match tokio::time::timeout(left, attempt).await {
+            Ok(Ok(client)) => return Ok(client),
+            Ok(Err(error)) => {
+                last_error = Some(error);
+                tokio::time::sleep(RECONNECT_WAIT).await;
+            }
+            Err(_) => {
+                let why = last_error.map(|error| format!("; before: {error:#}")).unwrap_or_default();
+                bail!("nothing within {patience:?}{why}");
+            }
+        }
+    }
 }

@@ -33,7 +33,8 @@ impl Postgres {
         let (backend,): (i32,) = sqlx::query_as("select pg_backend_pid()").fetch_one(&mut connection).await?;
         let status = std::fs::read_to_string(format!("/proc/{backend}/status"))?;
         let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"));
-        let pid = parent.and_then(|pid| pid.trim().parse().ok()).context("the backend's parent is Postgres")?;
+        let pid =
+            parent.and_then(|pid| pid.trim().parse().ok()).context("the backend's parent is Postgres")?;
         connection.close().await?;
         Ok(Self { cluster, pid, databases: AtomicU32::new(0) })
     }
@@ -59,14 +60,15 @@ struct Rows<'c> {
 }
 
 impl Rows<'_> {
-    fn next_batch(&mut self) -> (Vec<Vec<u8>>, Vec<Vec<u8>>, Vec<Vec<u8>>) {
-        let mut columns = (Vec::new(), Vec::new(), Vec::new());
+    /// Document ids, hashes and changes.
+    fn next_batch(&mut self) -> [Vec<Vec<u8>>; 3] {
+        let mut columns = [const { Vec::new() }; 3];
         for _ in 0..BATCH_ROWS {
             let edits = u64::from(self.chain.links() - 1);
             let link = self.chain.link((1 + self.next % edits) as u32);
-            columns.0.push([[0; 8], (self.next / edits).to_be_bytes()].concat());
-            columns.1.push(link.hash.to_vec());
-            columns.2.push(link.chunk.to_vec());
+            columns[0].push([[0; 8], (self.next / edits).to_be_bytes()].concat());
+            columns[1].push(link.hash.to_vec());
+            columns[2].push(link.chunk.to_vec());
             self.next += 1;
         }
         columns
@@ -89,7 +91,7 @@ pub async fn sqlite_inserts_per_s(directory: &Path, chain: &Chain, duration: Dur
     let mut rows = Rows { chain, next: 0 };
     let began = Instant::now();
     while began.elapsed() < duration {
-        let (documents, hashes, changes) = rows.next_batch();
+        let [documents, hashes, changes] = rows.next_batch();
         let mut transaction = connection.begin().await?;
         for ((document, hash), change) in documents.iter().zip(&hashes).zip(&changes) {
             let insert = sqlx::query("insert into changes values (?, ?, ?)");
@@ -111,8 +113,9 @@ pub async fn postgres_inserts_per_s(postgres: &Postgres, chain: &Chain, duration
     let mut rows = Rows { chain, next: 0 };
     let began = Instant::now();
     while began.elapsed() < duration {
-        let (documents, hashes, changes) = rows.next_batch();
-        let insert = sqlx::query("insert into changes select * from unnest($1::bytea[], $2::bytea[], $3::bytea[])");
+        let [documents, hashes, changes] = rows.next_batch();
+        let insert =
+            sqlx::query("insert into changes select * from unnest($1::bytea[], $2::bytea[], $3::bytea[])");
         insert.bind(documents).bind(hashes).bind(changes).execute(&mut connection).await?;
     }
     let rate = rows.next as f64 / began.elapsed().as_secs_f64();

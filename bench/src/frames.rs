@@ -155,16 +155,21 @@ fn cbor_text(out: &mut Vec<u8>, text: &str) {
     out.extend(text.as_bytes());
 }
 
-/// The handshake of a client without storage of its own.
-pub fn encode_join(sender: &str) -> Bytes {
+/// The handshake of a client without storage of its own; with `gathers_answers`, of one that announces that extra.
+pub fn encode_join(sender: &str, gathers_answers: bool) -> Bytes {
     let mut out = Vec::with_capacity(128);
     cbor_head(&mut out, 5, 4);
     for text in ["type", "join", "senderId", sender, "peerMetadata"] {
         cbor_text(&mut out, text);
     }
-    cbor_head(&mut out, 5, 1);
+    cbor_head(&mut out, 5, 1 + usize::from(gathers_answers));
     cbor_text(&mut out, "isEphemeral");
     out.push(0xf5);
+    if gathers_answers {
+        cbor_text(&mut out, "isobar");
+        cbor_head(&mut out, 4, 1);
+        cbor_text(&mut out, "gathered-answers");
+    }
     cbor_text(&mut out, "supportedProtocolVersions");
     cbor_head(&mut out, 4, 1);
     cbor_text(&mut out, "1");

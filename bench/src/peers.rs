@@ -59,7 +59,7 @@ pub fn ensure_installed(kind: Kind, peers: &Path, may_install: bool) -> Result<(
             command.arg(peers.join("y-sweet")).arg("--target-dir").arg(peers.join("y-sweet-build"));
             cargo(&built, command, "y-sweet", may_install)
         }
-        Kind::IsobarSqlite | Kind::IsobarPostgres | Kind::BareAnswered | Kind::BareSilent => Ok(()),
+        _ => Ok(()),
     }
 }
 
@@ -94,7 +94,8 @@ fn cargo(built: &Path, command: Command, name: &str, may_install: bool) -> Resul
 }
 
 fn run(mut command: Command, what: &str) -> Result<()> {
-    let output = command.output().with_context(|| format!("{what}: {:?} did not start", command.get_program()))?;
+    let output =
+        command.output().with_context(|| format!("{what}: {:?} did not start", command.get_program()))?;
     if output.status.success() {
         return Ok(());
     }

@@ -46,8 +46,12 @@ struct Run {
 pub async fn run(options: Options) -> Result<()> {
     let mut sizes = if options.is_quick { Sizes::quick() } else { Sizes::full() };
     sizes.rounds = options.rounds.unwrap_or(sizes.rounds);
-    let wanted =
-        Wanted { kinds: options.servers.clone(), isobar: options.isobar.clone(), may_install: options.may_install };
+    sizes.slow_rounds = options.rounds.unwrap_or(sizes.slow_rounds);
+    let wanted = Wanted {
+        kinds: options.servers.clone(),
+        isobar: options.isobar.clone(),
+        may_install: options.may_install,
+    };
     let (environment, missing) = Environment::prepare(&wanted).await?;
     let mut results = Results::default();
     for (kind, reason) in &missing {
@@ -60,7 +64,7 @@ pub async fn run(options: Options) -> Result<()> {
     for scenario in &options.scenarios {
         run.scenario(*scenario).await?;
     }
-    report::print(&run.results, &run.sizes);
+    report::print(&run.results);
     let path = report::write_json(&run.results, &run.sizes, &options.out)?;
     println!("\n{} s; figures of every round in {}", run.started.elapsed().as_secs(), path.display());
     Ok(())
@@ -68,6 +72,14 @@ pub async fn run(options: Options) -> Result<()> {
 
 impl Run {
     async fn scenario(&mut self, scenario: Name) -> Result<()> {
+        let all = self.servers.clone();
+        self.servers.retain(|kind| scenario.concerns(*kind));
+        let outcome = self.run_scenario(scenario).await;
+        self.servers = all;
+        outcome
+    }
+
+    async fn run_scenario(&mut self, scenario: Name) -> Result<()> {
         match scenario {
             Name::Fanout => self.fanout().await,
             Name::Many => self.many().await,
@@ -80,7 +92,8 @@ impl Run {
 
     /// Opens the large document if a scenario needs it; without its data those scenarios are skipped, and say so.
     fn open_paper(&mut self, options: &Options) -> Result<()> {
-        let needing: Vec<Name> = options.scenarios.iter().copied().filter(|name| name.needs_trace()).collect();
+        let needing: Vec<Name> =
+            options.scenarios.iter().copied().filter(|name| name.needs_trace()).collect();
         if needing.is_empty() {
             return Ok(());
         }
@@ -101,10 +114,12 @@ impl Run {
     /// Runs `sample` for every server in every round, interleaved.
     async fn rounds(
         &mut self,
+        scenario: Name,
         name: &'static str,
         mut sample: impl AsyncFnMut(&Environment, Kind) -> Result<Sample>,
     ) {
-        for round in 1..=self.sizes.rounds {
+        let rounds = if scenario.is_slow() { self.sizes.slow_rounds } else { self.sizes.rounds };
+        for round in 1..=rounds {
             for kind in self.servers.clone() {
                 let began = Instant::now();
                 let running = tokio::time::timeout(SAMPLE_PATIENCE, sample(&self.environment, kind));
@@ -128,7 +143,10 @@ impl Run {
                 _ => report::FANOUT_300,
             };
             let load = fanout::Load { chain: Arc::clone(&chain), readers, drain: Duration::from_secs(20) };
-            self.rounds(name, async |environment, kind| fanout::run(environment, kind, &load).await).await;
+            self.rounds(Name::Fanout, name, async |environment, kind| {
+                fanout::run(environment, kind, &load).await
+            })
+            .await;
         }
         Ok(())
     }
@@ -137,9 +155,15 @@ impl Run {
         let sizes = &self.sizes;
         let (documents, clients) = (sizes.many_documents, sizes.many_clients);
         let edits = (clients * sizes.many_seconds) as usize;
-        let load =
-            many::Load { chain: Arc::new(Chain::build(Seed::small()?, edits, clients as usize)?), documents, clients };
-        self.rounds(report::MANY, async |environment, kind| many::run(environment, kind, &load).await).await;
+        let load = many::Load {
+            chain: Arc::new(Chain::build(Seed::small()?, edits, clients as usize)?),
+            documents,
+            clients,
+        };
+        self.rounds(Name::Many, report::MANY, async |environment, kind| {
+            many::run(environment, kind, &load).await
+        })
+        .await;
         Ok(())
     }
 
@@ -151,7 +175,10 @@ impl Run {
             documents: self.sizes.idle_documents,
             seconds: self.sizes.idle_seconds,
         };
-        self.rounds(report::IDLE, async |environment, kind| idle::run(environment, kind, &load).await).await;
+        self.rounds(Name::Idle, report::IDLE, async |environment, kind| {
+            idle::run(environment, kind, &load).await
+        })
+        .await;
         Ok(())
     }
 
@@ -161,7 +188,10 @@ impl Run {
         let chain = Arc::new(Chain::build(paper.seed()?, edits as usize, 1)?);
         // Servers that load the document for every change are far behind when the writer ends.
         let load = fanout::Load { chain, readers: self.sizes.large_readers, drain: Duration::from_secs(30) };
-        self.rounds(report::LARGE, async |environment, kind| fanout::run(environment, kind, &load).await).await;
+        self.rounds(Name::Large, report::LARGE, async |environment, kind| {
+            fanout::run(environment, kind, &load).await
+        })
+        .await;
         Ok(())
     }
 
@@ -169,7 +199,10 @@ impl Run {
         let Some(paper) = &self.paper else { return Ok(()) };
         let chain = Arc::new(Chain::build(paper.seed()?, 0, 1)?);
         let load = join::Load { bytes: paper.automerge_bytes(), chain, joins: self.sizes.joins };
-        self.rounds(report::JOIN, async |environment, kind| join::run(environment, kind, &load).await).await;
+        self.rounds(Name::Join, report::JOIN, async |environment, kind| {
+            join::run(environment, kind, &load).await
+        })
+        .await;
         Ok(())
     }
 
@@ -182,11 +215,8 @@ impl Run {
             duration: Duration::from_secs(self.sizes.durable_seconds.into()),
         };
         // The inserts run beside nothing else, in each round, so that they see the same disk as the servers.
-        self.rounds(report::DURABLE, async |environment, kind| {
-            let mut sample = match kind {
-                Kind::BareAnswered | Kind::BareSilent => return Ok(Sample::default()),
-                _ => durable::run(environment, kind, &load).await?,
-            };
+        self.rounds(Name::Durable, report::DURABLE, async |environment, kind| {
+            let mut sample = durable::run(environment, kind, &load).await?;
             let scratch = environment.scratch();
             match (kind, environment.postgres()) {
                 (Kind::IsobarSqlite, _) => {

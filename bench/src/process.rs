@@ -85,8 +85,8 @@ impl ServerProcess {
     }
 
     /// Asks the process to end; kills it if it has not after `patience`.
-    pub async fn stop(&mut self, patience: Duration) {
-        let _ = kill(Pid::from_raw(self.pid() as i32), Signal::SIGTERM);
+    pub async fn stop(&mut self, signal: Signal, patience: Duration) {
+        let _ = kill(Pid::from_raw(self.pid() as i32), signal);
         let deadline = Instant::now() + patience;
         while Instant::now() < deadline {
             if matches!(self.child.try_wait(), Ok(Some(_))) {

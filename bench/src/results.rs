@@ -46,6 +46,17 @@ impl Results {
         median(samples.iter().filter_map(|sample| sample.figures.get(figure).copied()).collect())
     }
 
+    /// The largest value of a figure in any round.
+    pub fn largest(&self, scenario: &str, kind: Kind, figure: &str) -> Option<f64> {
+        let samples = self.scenarios.get(scenario)?.get(&kind)?;
+        samples.iter().filter_map(|sample| sample.figures.get(figure).copied()).max_by(f64::total_cmp)
+    }
+
+    /// The most rounds that any server had.
+    pub fn rounds(&self) -> usize {
+        self.scenarios.values().flat_map(|servers| servers.values().map(Vec::len)).max().unwrap_or(0)
+    }
+
     /// The first failure of a server in a scenario.
     pub fn failure(&self, scenario: &str, kind: Kind) -> Option<&str> {
         let samples = self.scenarios.get(scenario)?.get(&kind)?;
@@ -55,7 +66,8 @@ impl Results {
     /// Distinct notes of a server in a scenario.
     pub fn notes(&self, scenario: &str, kind: Kind) -> Vec<&str> {
         let samples = self.scenarios.get(scenario).and_then(|servers| servers.get(&kind));
-        let mut notes: Vec<&str> = samples.into_iter().flatten().flat_map(|s| &s.notes).map(|n| &**n).collect();
+        let mut notes: Vec<&str> =
+            samples.into_iter().flatten().flat_map(|s| &s.notes).map(|n| &**n).collect();
         notes.sort_unstable();
         notes.dedup();
         notes

@@ -10,7 +10,7 @@ use tokio::sync::watch;
 use crate::client::{Crowd, Observation};
 use crate::process;
 use crate::results::{Sample, percentile_ms};
-use crate::servers::Server;
+use crate::servers::{Kind, Server};
 
 pub mod durable;
 pub mod fanout;
@@ -36,8 +36,20 @@ pub enum Name {
 }
 
 impl Name {
-    pub const ALL: [Self; 6] =
-        [Self::Fanout, Self::Large, Self::Many, Self::Join, Self::Idle, Self::Durable];
+    pub const ALL: [Self; 6] = [Self::Fanout, Self::Large, Self::Many, Self::Join, Self::Idle, Self::Durable];
+
+    /// Whether a scenario tells anything about a server that another one of the same run does not.
+    pub fn concerns(self, kind: Kind) -> bool {
+        match self {
+            Self::Fanout => true,
+            Self::Durable => kind != Kind::IsobarGathered && !kind.is_bare(),
+            Self::Large | Self::Many | Self::Join | Self::Idle => kind != Kind::IsobarGathered,
+        }
+    }
+
+    pub fn is_slow(self) -> bool {
+        self.needs_trace() || self == Self::Many
+    }
 
     pub fn needs_trace(self) -> bool {
         matches!(self, Self::Large | Self::Join)
@@ -48,6 +60,8 @@ impl Name {
 #[derive(Debug, Clone, Serialize)]
 pub struct Sizes {
     pub rounds: u32,
+    /// For the scenarios that take minutes: many documents, and those on the large document.
+    pub slow_rounds: u32,
     pub fanout_readers: Vec<u32>,
     pub fanout_seconds: u32,
     pub large_readers: u32,
@@ -69,6 +83,7 @@ impl Sizes {
     pub fn quick() -> Self {
         Self {
             rounds: 1,
+            slow_rounds: 1,
             fanout_readers: vec![100],
             fanout_seconds: 3,
             large_readers: 5,
@@ -77,8 +92,8 @@ impl Sizes {
             many_clients: 5,
             many_seconds: 3,
             joins: 2,
-            idle_connections: 300,
-            idle_documents: 30,
+            idle_connections: 1000,
+            idle_documents: 100,
             idle_seconds: 1,
             durable_clients: 50,
             durable_window: 32,
@@ -90,6 +105,7 @@ impl Sizes {
     pub fn full() -> Self {
         Self {
             rounds: 3,
+            slow_rounds: 1,
             fanout_readers: vec![100, 300],
             fanout_seconds: 8,
             large_readers: 20,
@@ -123,7 +139,9 @@ impl CpuMark {
 
     /// Adds what was used since, per `count` of something, in microseconds.
     fn per(&self, earlier: &Self, count: u64, sample: &mut Sample) {
-        let per = |now: Duration, then: Duration| now.saturating_sub(then).as_secs_f64() * 1e6 / count.max(1) as f64;
+        let per = |now: Duration, then: Duration| {
+            now.saturating_sub(then).as_secs_f64() * 1e6 / count.max(1) as f64
+        };
         sample.set("cpu_us", per(self.server, earlier.server));
         sample.set("generator_cpu_us", per(self.generator, earlier.generator));
         if self.database > Duration::ZERO {
@@ -140,7 +158,7 @@ async fn run_clock(
     crowd: &Crowd,
     patience: Duration,
 ) -> (CpuMark, CpuMark) {
-    server.settle(Duration::from_secs(20)).await;
+    server.settle(Duration::from_millis(300), Duration::from_secs(20)).await;
     let before = CpuMark::now(server);
     clock.send_replace(Some(std::time::Instant::now() + Duration::from_millis(20)));
     crowd.progress.wait_complete(crowd.size, patience).await;

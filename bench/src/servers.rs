@@ -7,6 +7,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use nix::sys::signal::Signal;
 use serde::Serialize;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -29,6 +30,8 @@ pub enum Kind {
     IsobarSqlite,
     /// Isobar on Postgres.
     IsobarPostgres,
+    /// Isobar on SQLite, with clients that gather their answers, as Isobar's own do.
+    IsobarGathered,
     /// The bare broadcast server, whose readers answer each frame as stock Automerge clients do.
     BareAnswered,
     /// The bare broadcast server, whose readers are silent.
@@ -44,9 +47,10 @@ pub enum Kind {
 }
 
 impl Kind {
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::IsobarSqlite,
         Self::IsobarPostgres,
+        Self::IsobarGathered,
         Self::BareAnswered,
         Self::BareSilent,
         Self::SyncServer,
@@ -59,6 +63,7 @@ impl Kind {
         match self {
             Self::IsobarSqlite => "isobar (sqlite)",
             Self::IsobarPostgres => "isobar (postgres)",
+            Self::IsobarGathered => "isobar (own clients)",
             Self::BareAnswered => "bare, answered",
             Self::BareSilent => "bare, silent",
             Self::SyncServer => "sync-server 0.2.8",
@@ -72,6 +77,7 @@ impl Kind {
         match self {
             Self::BareAnswered => Dialect::Bare { answers: true },
             Self::BareSilent => Dialect::Bare { answers: false },
+            Self::IsobarGathered => Dialect::AutomergeGathered,
             Self::YSweet => Dialect::Yjs,
             _ => Dialect::Automerge,
         }
@@ -82,7 +88,7 @@ impl Kind {
     }
 
     pub fn is_isobar(self) -> bool {
-        matches!(self, Self::IsobarSqlite | Self::IsobarPostgres)
+        matches!(self, Self::IsobarSqlite | Self::IsobarPostgres | Self::IsobarGathered)
     }
 }
 
@@ -179,7 +185,8 @@ impl<'e> Server<'e> {
     /// Starts the server again, on the storage it had.
     pub async fn restart(&mut self) -> Result<()> {
         self.process.kill();
-        let launched = launch(self.environment, self.kind, self.data.path(), self.database.as_deref()).await?;
+        let launched =
+            launch(self.environment, self.kind, self.data.path(), self.database.as_deref()).await?;
         (self.process, self.authority) = launched;
         Ok(())
     }
@@ -191,7 +198,9 @@ impl<'e> Server<'e> {
 
     /// Asks the server to end, as an operator would.
     pub async fn stop(&mut self) {
-        self.process.stop(Duration::from_secs(5)).await;
+        // y-sweet saves when it is interrupted, and only then.
+        let signal = if self.kind == Kind::YSweet { Signal::SIGINT } else { Signal::SIGTERM };
+        self.process.stop(signal, Duration::from_secs(5)).await;
     }
 
     pub fn check_alive(&mut self) -> Result<()> {
@@ -241,16 +250,16 @@ impl<'e> Server<'e> {
         }
     }
 
-    /// Waits until the server uses less than a twentieth of a core, at most for `patience`.
-    pub async fn settle(&self, patience: Duration) {
+    /// Waits until the server has used less than a twentieth of a core for `quiet`, at most for `patience`.
+    pub async fn settle(&self, quiet: Duration, patience: Duration) {
+        let slice = Duration::from_millis(100);
         let deadline = tokio::time::Instant::now() + patience;
-        let slice = Duration::from_millis(300);
-        while tokio::time::Instant::now() < deadline {
+        let mut quiet_for = Duration::ZERO;
+        while quiet_for < quiet && tokio::time::Instant::now() < deadline {
             let before = self.cpu() + self.database_cpu();
             tokio::time::sleep(slice).await;
-            if (self.cpu() + self.database_cpu()).saturating_sub(before) < slice / 20 {
-                return;
-            }
+            let used = (self.cpu() + self.database_cpu()).saturating_sub(before);
+            quiet_for = if used < slice / 20 { quiet_for + slice } else { Duration::ZERO };
         }
     }
 }
@@ -283,7 +292,7 @@ fn command(
 ) -> Result<Command> {
     let peers = &environment.peers;
     let command = match kind {
-        Kind::IsobarSqlite | Kind::IsobarPostgres => {
+        Kind::IsobarSqlite | Kind::IsobarPostgres | Kind::IsobarGathered => {
             let sqlite = format!("sqlite:{}", data.join("isobar.db").display());
             let mut command = Command::new(environment.isobar.as_ref().context("isobar was not built")?);
             command.args(["serve", "--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"]);
@@ -292,13 +301,18 @@ fn command(
         }
         Kind::BareAnswered | Kind::BareSilent => {
             let mut command = Command::new(std::env::current_exe()?);
-            command.arg("bare").args(environment.file.iter().flat_map(|file| ["--file".as_ref(), file.as_os_str()]));
+            command
+                .arg("bare")
+                .args(environment.file.iter().flat_map(|file| ["--file".as_ref(), file.as_os_str()]));
             command
         }
         Kind::SyncServer => {
             let package = peers.join("sync-server/node_modules/@automerge/automerge-repo-sync-server");
             let mut command = Command::new("node");
-            command.arg("--require").arg(peers::source().join("loopback.cjs")).arg(package.join("src/index.js"));
+            command
+                .arg("--require")
+                .arg(peers::source().join("loopback.cjs"))
+                .arg(package.join("src/index.js"));
             command.env("PORT", port.to_string()).env("DATA_DIR", data.join("documents"));
             command.env("NODE_ENV", "production");
             command

@@ -5,6 +5,7 @@
 //!
 //! - [`Dialect::Automerge`] follows Automerge's own rules for when a sync message is answered (`generate` in
 //!   automerge's `sync.rs`): whenever the heads moved, or the server's view differs and nothing is in flight.
+//! - [`Dialect::AutomergeGathered`] announces Isobar's extra `gathered-answers`, as Isobar's own client does.
 //! - [`Dialect::Yjs`] is a y-sync client: sync steps 1 and 2, then updates, which nobody answers. Presence is left
 //!   out, as it is for Automerge. After each of its own updates it asks for a sync status, as y-sweet's client does.
 //! - [`Dialect::Bare`] relays the Automerge frames over the bare server, whose frames begin with one byte that says
@@ -27,8 +28,12 @@ use crate::workload::Document;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Dialect {
     Automerge,
+    /// The same, with answers gathered: see [`Session::gathered_answer`].
+    AutomergeGathered,
     Yjs,
-    Bare { answers: bool },
+    Bare {
+        answers: bool,
+    },
 }
 
 /// First byte of a frame for the bare server: for everybody else in the room.
@@ -44,6 +49,7 @@ pub struct Session {
     document: Document,
     /// How many links of the chain are held without a gap.
     held: u32,
+    held_at_first: u32,
     /// Links that arrived before their dependencies.
     beyond: BTreeSet<u32>,
     /// How many links the server has acknowledged.
@@ -51,6 +57,7 @@ pub struct Session {
     joined: bool,
     unavailable: bool,
     automerge: AutomergeState,
+    is_answer_due: bool,
     /// Whole-document bytes that arrived, when the session was told to keep them.
     kept: Option<Vec<Bytes>>,
 }
@@ -76,13 +83,20 @@ impl Session {
             server_id: "bare".to_owned(),
             document,
             held: holds,
+            held_at_first: holds,
             beyond: BTreeSet::new(),
             acknowledged: 0,
             joined: false,
             unavailable: false,
             automerge: AutomergeState::default(),
+            is_answer_due: false,
             kept: None,
         }
+    }
+
+    /// The same client before it connected.
+    pub fn afresh(&self) -> Self {
+        Self::new(self.dialect, self.peer_id.clone(), self.document.clone(), self.held_at_first)
     }
 
     /// Keeps what arrives as document content, for verification.
@@ -93,10 +107,6 @@ impl Session {
 
     pub fn kept(&self) -> &[Bytes] {
         self.kept.as_deref().unwrap_or_default()
-    }
-
-    pub fn dialect(&self) -> Dialect {
-        self.dialect
     }
 
     pub fn held(&self) -> u32 {
@@ -125,7 +135,8 @@ impl Session {
     /// The first frames of a connection.
     pub fn open(&mut self, out: &mut Vec<Bytes>) {
         match self.dialect {
-            Dialect::Automerge => out.push(frames::encode_join(&self.peer_id)),
+            Dialect::Automerge => out.push(frames::encode_join(&self.peer_id, false)),
+            Dialect::AutomergeGathered => out.push(frames::encode_join(&self.peer_id, true)),
             // Sync step 1 with an empty state vector, or with what the uploader holds: one client, one clock.
             Dialect::Yjs => out.push(Bytes::from_static(&[0, 0, 1, 0])),
             Dialect::Bare { .. } => self.joined = true,
@@ -135,8 +146,8 @@ impl Session {
     /// Takes a frame from the server and adds what a stock client would send in return.
     pub fn receive(&mut self, frame: &Bytes, out: &mut Vec<Bytes>) -> Result<()> {
         match self.dialect {
-            Dialect::Automerge | Dialect::Bare { .. } => self.receive_automerge(frame, out),
             Dialect::Yjs => self.receive_yjs(frame, out),
+            _ => self.receive_automerge(frame, out),
         }
     }
 
@@ -148,15 +159,15 @@ impl Session {
         let at = self.held;
         let link = self.document.chain.link(at);
         match self.dialect {
-            Dialect::Automerge | Dialect::Bare { .. } => {
-                let change = [link.chunk.clone()];
-                self.held += 1;
-                self.send_automerge(false, &change, out);
-            }
             Dialect::Yjs => {
                 out.push(yjs_message(2, &link.update));
                 self.held += 1;
                 out.push(yjs_status(self.held));
+            }
+            _ => {
+                let change = [link.chunk.clone()];
+                self.held += 1;
+                self.send_automerge(false, &change, out);
             }
         }
     }
@@ -194,7 +205,9 @@ impl Session {
             ServerFrame::Sync { document, data } if document == &*self.document.id => {
                 self.receive_sync(data, out)?;
             }
-            ServerFrame::Unavailable { document } if document == &*self.document.id => self.unavailable = true,
+            ServerFrame::Unavailable { document } if document == &*self.document.id => {
+                self.unavailable = true
+            }
             ServerFrame::Error { message } => bail!("the server refused: {message}"),
             _ => {}
         }
@@ -265,7 +278,19 @@ impl Session {
         if unchanged && held_before == self.held && (in_step || self.automerge.in_flight) {
             return;
         }
+        if self.dialect == Dialect::AutomergeGathered && self.joined && changes.is_empty() {
+            self.is_answer_due = true;
+            return;
+        }
         self.send_automerge(false, &changes, out);
+    }
+
+    /// Answers, once, what was received since the last answer. For clients that gather their answers, to be called about
+    /// once a second; does nothing for all others.
+    pub fn gathered_answer(&mut self, out: &mut Vec<Bytes>) {
+        if std::mem::take(&mut self.is_answer_due) {
+            self.send_automerge(false, &[], out);
+        }
     }
 
     fn is_link_zero_needed(&self, need: &[Hash]) -> bool {
@@ -523,6 +548,28 @@ mod tests {
     }
 
     #[test]
+    fn a_client_that_gathers_answers_once_for_several_messages() {
+        let document = document(2);
+        let (mut session, _) = joined(Dialect::AutomergeGathered, &document, 0);
+        let envelope = Envelope { sender: "s", target: "c", document: &document.id };
+        let mut out = Vec::new();
+        for at in 0..3 {
+            let message = SyncMessage {
+                heads: document.chain.heads(at + 1),
+                changes: &[document.chain.link(at).chunk.clone()],
+                ..SyncMessage::default()
+            };
+            session.receive(&frames::encode_sync(envelope, false, &message), &mut out).unwrap();
+        }
+        assert_eq!((session.held(), out.len()), (3, 0));
+        session.gathered_answer(&mut out);
+        session.gathered_answer(&mut out);
+        assert_eq!(out.len(), 1);
+        let ServerFrame::Sync { data, .. } = frames::decode(&out[0]).unwrap() else { panic!("not a sync") };
+        assert_eq!(frames::decode_sync(data).unwrap().heads, document.chain.heads(3));
+    }
+
+    #[test]
     fn a_change_without_its_dependency_is_not_held_and_is_asked_for() {
         let document = document(2);
         let (mut session, _) = joined(Dialect::Automerge, &document, 1);
@@ -566,7 +613,10 @@ mod tests {
             assert_eq!(sent[0][0], BARE_BROADCAST);
             reader.receive(&sent[0], &mut out).unwrap();
             assert_eq!(reader.held(), 2);
-            assert_eq!(out.iter().map(|frame| frame[0]).collect::<Vec<_>>(), vec![BARE_ANSWER; answers.into()]);
+            assert_eq!(
+                out.iter().map(|frame| frame[0]).collect::<Vec<_>>(),
+                vec![BARE_ANSWER; answers.into()]
+            );
         }
     }
 }

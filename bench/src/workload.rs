@@ -77,7 +77,11 @@ impl Chain {
         let mut links = Vec::with_capacity(edits + 1);
         let head = |document: &mut AutoCommit| document.get_heads()[0].0;
         let update = yjs.transact().encode_state_as_update_v1(&StateVector::default());
-        links.push(Link { hash: head(&mut automerge), chunk: automerge.save().into(), update: update.into() });
+        links.push(Link {
+            hash: head(&mut automerge),
+            chunk: automerge.save().into(),
+            update: update.into(),
+        });
         let yjs_clock = yjs.transact().state_vector().get(&YJS_CLIENT).into();
 
         let length = base_text.chars().count();
@@ -172,7 +176,8 @@ mod tests {
     #[test]
     fn a_chain_replays_to_the_same_text_in_both_worlds() {
         let chain = Chain::build(Seed::small().unwrap(), 7, 3).unwrap();
-        let all = |part: fn(&Link) -> &Bytes| (0..chain.links()).map(|at| part(chain.link(at)).to_vec()).collect();
+        let all =
+            |part: fn(&Link) -> &Bytes| (0..chain.links()).map(|at| part(chain.link(at)).to_vec()).collect();
         let chunks: Vec<Vec<u8>> = all(|link| &link.chunk);
         let document = Automerge::load(&chunks.concat()).unwrap();
         let (_, text) = document.get(ROOT, "text").unwrap().unwrap();

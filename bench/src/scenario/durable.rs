@@ -121,7 +121,9 @@ async fn count_lost(server: &Server<'_>, kind: Kind, promised: Vec<(Document, u3
     sample.set("acknowledged", acknowledged as f64);
     sample.set("lost", lost as f64);
     if unanswered > 0 {
-        sample.notes.push(format!("{unanswered} documents were not given back after the restart, counted as lost"));
+        sample
+            .notes
+            .push(format!("{unanswered} documents were not given back after the restart, counted as lost"));
     }
 }
 

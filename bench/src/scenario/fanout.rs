@@ -43,8 +43,7 @@ pub async fn run(environment: &Environment, kind: Kind, load: &Load) -> Result<S
 
     let mut readers = Crowd::default();
     for number in 0..load.readers {
-        let session =
-            Session::new(kind.dialect(), format!("bench-reader-{number}"), document.clone(), 0);
+        let session = Session::new(kind.dialect(), format!("bench-reader-{number}"), document.clone(), 0);
         readers.add(server.address(&document), session, reader(&timeline), clock.clone());
     }
     let joined = readers.progress.wait_joined(load.readers, JOIN_PATIENCE).await;

@@ -45,12 +45,13 @@ pub async fn run(environment: &Environment, kind: Kind, load: &Load) -> Result<S
                     let [first, second] = crowds;
                     let mut seen = first.finish().await;
                     seen.extend(second.finish().await);
-                    let why = seen.into_iter().find_map(|seen| seen.failure).unwrap_or_else(|| "no answer".into());
+                    let why =
+                        seen.into_iter().find_map(|seen| seen.failure).unwrap_or_else(|| "no answer".into());
                     bail!("phase {phase}: {joined} of {} clients could join: {why}", number + 1);
                 }
             }
         }
-        server.settle(Duration::from_secs(10)).await;
+        server.settle(Duration::from_millis(300), Duration::from_secs(10)).await;
         resident[phase] = server.resident_bytes();
     }
     let before = CpuMark::now(&server);

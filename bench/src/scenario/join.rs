@@ -41,7 +41,8 @@ pub async fn run(environment: &Environment, kind: Kind, load: &Load) -> Result<S
     let mut sample = Sample::default();
     sample.set("upload_ms", uploading.elapsed().as_secs_f64() * 1e3);
     uploader.close().await;
-    server.settle(Duration::from_secs(60)).await;
+    // Long enough for a server that tidies up in the background to have begun.
+    server.settle(Duration::from_secs(2), Duration::from_secs(60)).await;
 
     let mut walls = Vec::new();
     let (mut bytes, mut kept) = (0, Session::new(kind.dialect(), String::new(), document.clone(), 0));
@@ -51,7 +52,7 @@ pub async fn run(environment: &Environment, kind: Kind, load: &Load) -> Result<S
         walls.push(joined.wall.as_secs_f64() * 1e3);
         (bytes, kept) = (joined.bytes, joined.session);
     }
-    server.settle(Duration::from_secs(10)).await;
+    server.settle(Duration::from_millis(300), Duration::from_secs(10)).await;
     let used = (server.cpu() + server.database_cpu()).saturating_sub(before);
     sample.set("cpu_ms", used.as_secs_f64() * 1e3 / f64::from(load.joins));
     sample.set("wall_ms", median(walls).context("at least one join")?);
@@ -62,12 +63,12 @@ pub async fn run(environment: &Environment, kind: Kind, load: &Load) -> Result<S
     tokio::time::sleep(Duration::from_millis(500)).await;
     server.stop().await;
     server.restart().await?;
-    server.settle(Duration::from_secs(5)).await;
+    server.settle(Duration::from_millis(300), Duration::from_secs(5)).await;
     let before = server.cpu() + server.database_cpu();
     match join(&server, kind, &document, "bench-joiner-restarted").await {
         Ok(joined) => {
             sample.set("restarted_wall_ms", joined.wall.as_secs_f64() * 1e3);
-            server.settle(Duration::from_secs(10)).await;
+            server.settle(Duration::from_millis(300), Duration::from_secs(10)).await;
             let used = (server.cpu() + server.database_cpu()).saturating_sub(before);
             sample.set("restarted_cpu_ms", used.as_secs_f64() * 1e3);
         }
@@ -87,7 +88,8 @@ async fn join(server: &Server<'_>, kind: Kind, document: &Document, name: &str) 
     let session = Session::new(kind.dialect(), name.to_owned(), document.clone(), 0).keep_content();
     let began = Instant::now();
     let mut client = Client::connect(&server.address(document), session).await?;
-    client.until(PATIENCE, |session| session.is_joined() && session.held() > 0).await?;
+    client.until(PATIENCE, Session::is_joined).await?;
+    ensure!(client.session.held() > 0, "the server gave an empty document");
     let wall = began.elapsed();
     let bytes = client.traffic.bytes_down;
     let (session, closing) = client.into_session();
