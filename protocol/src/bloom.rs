@@ -164,3 +164,52 @@ impl Iterator for Probes {
         Some(probe)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn decode(bytes: &[u8]) -> Result<BloomFilter, BloomError> {
+        BloomFilter::decode(Bytes::copy_from_slice(bytes))
+    }
+
+    #[test]
+    fn no_bytes_are_the_empty_filter() {
+        let filter = decode(&[]).unwrap();
+        assert_eq!(filter, BloomFilter::default());
+        assert_eq!(filter, BloomFilter::from_hashes([].iter()));
+        assert!(filter.is_empty() && !filter.contains(&ChangeHash([0; 32])));
+    }
+
+    #[test]
+    fn a_filter_that_would_make_stock_automerge_divide_by_zero_is_refused() {
+        assert_eq!(decode(&[1, 0, 7]), Err(BloomError::BitsPerEntry(0)));
+        assert_eq!(decode(&[0, 10, 7]), Err(BloomError::NoEntries));
+    }
+
+    #[test]
+    fn a_filter_that_costs_millions_of_probes_is_refused() {
+        assert_eq!(decode(&[1, 10, 0x80, 0x80, 0x80, 0x80, 1, 0, 0]), Err(BloomError::Probes(1 << 28)));
+        assert_eq!(decode(&[1, 10, 0, 0, 0]), Err(BloomError::Probes(0)));
+        assert_eq!(decode(&[1, 10, 17, 0, 0]), Err(BloomError::Probes(17)));
+        assert_eq!(decode(&[1, 65, 7, 0, 0]), Err(BloomError::BitsPerEntry(65)));
+        assert!(decode(&[1, 10, 16, 0, 0]).is_ok());
+    }
+
+    #[test]
+    fn the_bits_are_as_many_as_announced() {
+        assert_eq!(decode(&[1, 10, 7, 0]), Err(BloomError::Length { bytes: 1, expected: 2 }));
+        assert_eq!(decode(&[1, 10, 7, 0, 0, 0]), Err(BloomError::Length { bytes: 3, expected: 2 }));
+        let most = [0xff, 0xff, 0xff, 0xff, 0x0f, 64, 7];
+        assert_eq!(decode(&most), Err(BloomError::Length { bytes: 0, expected: u64::from(u32::MAX) * 8 }));
+        assert!(matches!(decode(&[0xff, 0xff, 0xff, 0xff, 0x1f, 10, 7]), Err(BloomError::Read(_))));
+    }
+
+    #[test]
+    fn probes_follow_three_words_of_the_hash() {
+        let mut hash = [0; 32];
+        (hash[0], hash[4], hash[8]) = (3, 5, 7);
+        let probes: Vec<_> = Probes::new(&ChangeHash(hash), 16).take(4).collect();
+        assert_eq!(probes, [3, 8, 4, 7]);
+    }
+}

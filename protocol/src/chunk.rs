@@ -8,7 +8,7 @@ use bytes::Bytes;
 use sha2::{Digest, Sha256};
 
 use crate::ids::ChangeHash;
-use crate::leb128::{ReadError, ReadProblem, Reader, unsigned_bytes, write_unsigned};
+use crate::leb128::{ReadError, ReadProblem, Reader, unsigned_array};
 
 pub use crate::census::{Census, census};
 
@@ -137,11 +137,10 @@ pub fn chunks(data: Bytes) -> impl Iterator<Item = Result<Chunk, ChunkError>> {
 
 /// The hash of a chunk's contents. A deflated change hashes as the change it inflates to.
 pub(crate) fn content_hash(kind: ChunkKind, data: &[u8]) -> ChangeHash {
-    let mut header = Vec::with_capacity(1 + unsigned_bytes(data.len() as u64));
-    header.push(kind.byte());
-    write_unsigned(&mut header, data.len() as u64);
+    let (length, length_bytes) = unsigned_array(data.len() as u64);
     let mut hasher = Sha256::new();
-    hasher.update(&header);
+    hasher.update([kind.byte()]);
+    hasher.update(&length[..length_bytes]);
     hasher.update(data);
     ChangeHash(hasher.finalize().into())
 }

@@ -374,3 +374,84 @@ fn skip_run(reader: &mut Reader<'_>, kind: ColumnType) -> Result<u64, ReadError>
     }
     Ok(header.unsigned_abs())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    type Listed<V> = Vec<(u64, Option<V>)>;
+
+    fn runs<R: Runs>(mut runs: R) -> Result<Listed<R::Value>, ReadError> {
+        let mut all = Vec::new();
+        while let Some(run) = runs.next_run()? {
+            all.push((run.count, run.value));
+        }
+        Ok(all)
+    }
+
+    #[test]
+    fn repetitions_literals_and_nulls_are_runs() {
+        let column = [3, 7, 0x7e, 8, 9, 0, 4, 2, 9];
+        let expected = [(3, Some(7)), (1, Some(8)), (1, Some(9)), (4, None), (2, Some(9))];
+        assert_eq!(runs(ValueRuns::<u64>::new(&column)).unwrap(), expected);
+        let texts = [2, 1, b'a', 0x7f, 0];
+        assert_eq!(runs(ValueRuns::<&str>::new(&texts)).unwrap(), [(2, Some("a")), (1, Some(""))]);
+    }
+
+    #[test]
+    fn only_the_canonical_form_is_read() {
+        for column in [
+            &[3, 7, 2, 7][..],
+            &[3, 7, 0x7f, 7],
+            &[0x7f, 7, 2, 7],
+            &[0x7f, 7, 0x7f, 8],
+            &[0x7e, 7, 7],
+            &[1, 7],
+            &[0, 2],
+            &[0, 2, 0, 2, 2, 7],
+            &[0, 0, 2, 7],
+            &[2],
+            &[0x7e, 7],
+        ] {
+            assert!(runs(ValueRuns::<u64>::new(column)).is_err(), "{column:?}");
+        }
+        assert!(runs(ValueRuns::<&str>::new(&[2, 1, 0xff])).is_err());
+    }
+
+    #[test]
+    fn booleans_alternate_from_false() {
+        assert_eq!(runs(BooleanRuns::new(&[2, 3])).unwrap(), [(2, Some(false)), (3, Some(true))]);
+        assert_eq!(runs(BooleanRuns::new(&[0, 3, 1])).unwrap(), [(3, Some(true)), (1, Some(false))]);
+        for column in [&[0][..], &[0, 0], &[2, 0], &[2, 0, 1]] {
+            assert!(runs(BooleanRuns::new(column)).is_err(), "{column:?}");
+        }
+    }
+
+    #[test]
+    fn a_delta_lane_sums_its_steps_and_refuses_to_overflow() {
+        let mut lane = DeltaLane::new(Lane::new(ValueRuns::new(&[3, 5, 0, 2, 0x7f, 0x7e])));
+        assert_eq!(lane.lane.available(), Ok(3));
+        assert_eq!(lane.span(3), Ok(Some((5, 15))));
+        lane.advance(2);
+        assert_eq!(lane.span(1), Ok(Some((15, 15))));
+        lane.advance(1);
+        assert_eq!(lane.lane.available(), Ok(2));
+        assert_eq!(lane.span(2), Ok(None));
+        lane.advance(2);
+        assert_eq!(lane.lane.available(), Ok(1));
+        assert_eq!(lane.span(1), Ok(Some((13, 13))));
+        lane.advance(1);
+        assert_eq!(lane.lane.is_at_end(), Ok(true));
+        let steep = [0x82, 0x01, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x3f];
+        let mut lane = DeltaLane::new(Lane::new(ValueRuns::new(&steep)));
+        assert_eq!(lane.lane.available(), Ok(130));
+        assert_eq!(lane.span(130), Err(ReadProblem::TooLarge));
+    }
+
+    #[test]
+    fn an_absent_lane_is_null_for_ever_and_at_its_end() {
+        let mut lane = Lane::<ValueRuns<'_, u64>>::absent();
+        lane.advance(u64::MAX);
+        assert_eq!((lane.available(), lane.value(), lane.is_at_end()), (Ok(u64::MAX), None, Ok(true)));
+    }
+}

@@ -9,7 +9,11 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 use uuid::Uuid;
 
+use crate::base58;
 use crate::config::{ACTOR_ID_BYTES_MAX, DOCUMENT_ID_BYTES_MAX, PEER_ID_BYTES_MAX};
+
+/// Longer than the text form of any change hash, which is 50 digits; bounds the work on it.
+const HASH_TEXT_BYTES_MAX: usize = 64;
 
 /// An id that was refused; nothing was changed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -40,12 +44,15 @@ impl ChangeHash {
 
     /// The text form that clients use for heads: base58 with a checksum.
     pub fn to_text(self) -> String {
-        bs58::encode(self.0).with_check().into_string()
+        base58::encode_check(&self.0)
     }
 
     /// Reads the text form.
     pub fn from_text(text: &str) -> Result<Self, IdError> {
-        let bytes = bs58::decode(text).with_check(None).into_vec().map_err(|_| IdError::NotBase58Check)?;
+        if text.len() > HASH_TEXT_BYTES_MAX {
+            return Err(IdError::NotBase58Check);
+        }
+        let bytes = base58::decode_check(text).ok_or(IdError::NotBase58Check)?;
         Self::from_slice(&bytes)
     }
 
@@ -95,7 +102,7 @@ impl DocumentId {
                 bytes_max: DOCUMENT_ID_BYTES_MAX,
             });
         }
-        let bytes = bs58::decode(text).with_check(None).into_vec().map_err(|_| IdError::NotBase58Check)?;
+        let bytes = base58::decode_check(text).ok_or(IdError::NotBase58Check)?;
         Self::from_slice(&bytes)
     }
 
@@ -106,7 +113,7 @@ impl DocumentId {
 
 impl fmt::Display for DocumentId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&bs58::encode(&self.0).with_check().into_string())
+        f.write_str(&base58::encode_check(&self.0))
     }
 }
 

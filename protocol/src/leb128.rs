@@ -183,12 +183,22 @@ impl<'a> Reader<'a> {
     }
 }
 
-pub(crate) fn write_unsigned(out: &mut Vec<u8>, mut value: u64) {
+pub(crate) fn write_unsigned(out: &mut Vec<u8>, value: u64) {
+    let (bytes, length) = unsigned_array(value);
+    out.extend_from_slice(&bytes[..length]);
+}
+
+/// A number in its shortest form, and how many of the bytes that takes.
+pub(crate) fn unsigned_array(mut value: u64) -> ([u8; 10], usize) {
+    let mut bytes = [0; 10];
+    let mut length = 0;
     while value >= 0x80 {
-        out.push((value as u8) | 0x80);
+        bytes[length] = value as u8 | 0x80;
         value >>= 7;
+        length += 1;
     }
-    out.push(value as u8);
+    bytes[length] = value as u8;
+    (bytes, length + 1)
 }
 
 /// How many bytes [`write_unsigned`] writes.
@@ -201,5 +211,85 @@ pub(crate) fn write_hashes(out: &mut Vec<u8>, hashes: &[ChangeHash]) {
     write_unsigned(out, hashes.len() as u64);
     for hash in hashes {
         out.extend_from_slice(hash.as_bytes());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn unsigned(bytes: &[u8]) -> Result<u64, ReadProblem> {
+        Reader::new(bytes).unsigned("number").map_err(|error| error.problem)
+    }
+
+    fn signed(bytes: &[u8]) -> Result<i64, ReadProblem> {
+        Reader::new(bytes).signed("number").map_err(|error| error.problem)
+    }
+
+    #[test]
+    fn unsigned_numbers_use_the_full_width_and_no_more() {
+        assert_eq!(unsigned(&[0]), Ok(0));
+        assert_eq!(unsigned(&[0x81, 0x01]), Ok(129));
+        let mut widest = [0xff; 10];
+        widest[9] = 1;
+        assert_eq!(unsigned(&widest), Ok(u64::MAX));
+        widest[9] = 2;
+        assert_eq!(unsigned(&widest), Err(ReadProblem::TooLarge));
+        assert_eq!(unsigned(&[0x81; 12]), Err(ReadProblem::TooLarge));
+    }
+
+    #[test]
+    fn signed_numbers_use_the_full_width_and_no_more() {
+        assert_eq!(signed(&[0x7f]), Ok(-1));
+        assert_eq!(signed(&[0x40]), Ok(-64));
+        assert_eq!(signed(&[0x80, 0x40]), Ok(-8192));
+        assert_eq!(signed(&[0xc0, 0x00]), Ok(64));
+        let least = [0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x7f];
+        assert_eq!(signed(&least), Ok(i64::MIN));
+        let most = [0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x00];
+        assert_eq!(signed(&most), Ok(i64::MAX));
+        let too_low = [0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x7e];
+        assert_eq!(signed(&too_low), Err(ReadProblem::TooLarge));
+    }
+
+    #[test]
+    fn superfluous_bytes_and_a_missing_end_are_refused() {
+        assert_eq!(unsigned(&[0x80, 0x00]), Err(ReadProblem::Overlong));
+        assert_eq!(signed(&[0xbf, 0x00]), Err(ReadProblem::Overlong));
+        assert_eq!(signed(&[0x81, 0xff, 0x7f]), Err(ReadProblem::Overlong));
+        assert_eq!(unsigned(&[0x80]), Err(ReadProblem::Truncated));
+        assert_eq!(signed(&[]), Err(ReadProblem::Truncated));
+    }
+
+    #[test]
+    fn a_count_is_bounded_by_what_follows_and_by_its_limit() {
+        let count = |bytes: &[u8], least, most| {
+            Reader::new(bytes).count("items", least, most).map_err(|error| error.problem)
+        };
+        assert_eq!(count(&[2, 0, 0, 0, 0], 2, 9), Ok(2));
+        assert_eq!(count(&[3, 0, 0, 0, 0], 2, 9), Err(ReadProblem::Truncated));
+        assert_eq!(count(&[2, 0, 0, 0, 0], 2, 1), Err(ReadProblem::TooLarge));
+        let mut widest = vec![0xff; 9];
+        widest.push(1);
+        assert_eq!(count(&widest, 1, usize::MAX), Err(ReadProblem::Truncated));
+    }
+
+    #[test]
+    fn errors_name_the_field_and_the_byte() {
+        let mut reader = Reader::starting_at(&[0, 0, 5, 1], 2);
+        let error = reader.length_prefixed("name").unwrap_err();
+        assert_eq!(error, ReadError { field: "name", at: 2, problem: ReadProblem::Truncated });
+    }
+
+    #[test]
+    fn what_is_written_is_read_and_its_length_known() {
+        for shift in 0..64 {
+            for value in [(1_u64 << shift) - 1, 1 << shift, u64::MAX >> shift] {
+                let mut bytes = Vec::new();
+                write_unsigned(&mut bytes, value);
+                assert_eq!(unsigned(&bytes), Ok(value));
+                assert_eq!(bytes.len(), unsigned_bytes(value));
+            }
+        }
     }
 }

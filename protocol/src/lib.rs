@@ -7,6 +7,7 @@
 //! The dependency direction is [`ids`] and [`config`] → wire formats → change graph → session.
 
 pub mod base;
+mod base58;
 pub mod bloom;
 mod census;
 pub mod change;

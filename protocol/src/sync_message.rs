@@ -189,3 +189,77 @@ fn decode_changes(data: &Bytes, reader: &mut Reader<'_>) -> Result<Vec<Bytes>, S
     }
     Ok(changes)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::leb128::ReadProblem;
+
+    fn decode(bytes: &[u8]) -> Result<SyncMessage, SyncMessageError> {
+        SyncMessage::decode(Bytes::copy_from_slice(bytes))
+    }
+
+    fn read_problem(bytes: &[u8]) -> (&'static str, ReadProblem) {
+        match decode(bytes) {
+            Err(SyncMessageError::Read(error)) => (error.field, error.problem),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_shortest_message_is_read() {
+        let message = decode(&[0x42, 0, 0, 0, 0]).unwrap();
+        assert_eq!(message.version, SyncVersion::V1);
+        assert!(message.heads.is_empty() && message.have.is_empty() && message.flags.is_none());
+        assert_eq!(decode(&[0x43, 0, 0, 0, 0]).unwrap().version, SyncVersion::V2);
+        assert_eq!(decode(&[0x41, 0, 0, 0, 0]), Err(SyncMessageError::Version(0x41)));
+        assert_eq!(read_problem(&[]), ("version", ReadProblem::Truncated));
+    }
+
+    #[test]
+    fn flags_are_those_of_new_and_old_peers() {
+        let flags = |tail: &[u8]| decode(&[&[0x42, 0, 0, 0, 0], tail].concat()).unwrap().flags;
+        assert_eq!(flags(&[]), None);
+        assert_eq!(flags(&[1, 2]), Some(SyncFlags::default()));
+        let expected = SyncFlags::default().with(SyncFlags::READ_ONLY).with(SyncFlags::SUPPORTS_SYNC_RESET);
+        assert_eq!(flags(&[2, 2, 0x86]), Some(expected));
+        assert!(expected.contains(SyncFlags::READ_ONLY) && !expected.contains(SyncFlags::SYNC_RESET));
+        // What comes after the section is for the future.
+        assert_eq!(flags(&[2, 2, 0x86, 1, 2, 3]), Some(expected));
+        assert_eq!(flags(&[0]), Some(SyncFlags::default()));
+        assert_eq!(read_problem(&[0x42, 0, 0, 0, 0, 3, 2, 0x81]), ("flags", ReadProblem::Truncated));
+        let message = SyncMessage { flags: Some(expected), ..decode(&[0x42, 0, 0, 0, 0]).unwrap() };
+        assert_eq!(message.encode(), [0x42, 0, 0, 0, 0, 2, 2, 0x86]);
+    }
+
+    #[test]
+    fn counts_that_the_message_cannot_hold_are_refused() {
+        let mut huge = vec![0x42];
+        huge.extend_from_slice(&[0xff, 0xff, 0xff, 0x7f]);
+        assert_eq!(read_problem(&huge), ("heads", ReadProblem::TooLarge));
+        assert_eq!(read_problem(&[0x42, 2, 0, 0, 0]), ("heads", ReadProblem::Truncated));
+        assert_eq!(read_problem(&[0x42, 0, 1, 0]), ("need", ReadProblem::Truncated));
+        assert_eq!(read_problem(&[0x42, 0, 0, 9, 0, 0, 0, 0]), ("have", ReadProblem::TooLarge));
+        let endless = [&[0x42, 0, 0, 0][..], &[0xff; 9], &[1]].concat();
+        assert_eq!(read_problem(&endless), ("changes", ReadProblem::Truncated));
+        assert_eq!(read_problem(&[0x42, 0, 0, 0, 1, 11, 0]), ("change", ReadProblem::Truncated));
+    }
+
+    #[test]
+    fn empty_changes_take_no_memory_and_short_ones_are_refused() {
+        let empty = [&[0x43, 0, 0, 0, 100][..], &[0; 100]].concat();
+        let message = decode(&empty).unwrap();
+        assert!(message.changes.is_empty() && message.changes.capacity() <= 10);
+        let short = [&[0x43, 0, 0, 0, 1, 9][..], &[0; 9]].concat();
+        assert_eq!(decode(&short), Err(SyncMessageError::ChangeTooShort { at: 5, bytes: 9 }));
+        let shortest = [&[0x43, 0, 0, 0, 1, 10][..], &[0; 10]].concat();
+        assert_eq!(decode(&shortest).unwrap().changes.len(), 1);
+    }
+
+    #[test]
+    fn a_bad_filter_is_refused_with_its_message() {
+        // Ten bytes that make stock automerge panic.
+        let bytes = [0x42, 0, 0, 1, 0, 3, 1, 0, 7, 0];
+        assert_eq!(decode(&bytes), Err(SyncMessageError::Bloom(BloomError::BitsPerEntry(0))));
+    }
+}

@@ -1,6 +1,9 @@
 //! The decoders against automerge itself: what automerge writes, ours read to equal values, and what ours
 //! accept, automerge accepts as well.
 
+// The lint's exception for tests does not reach the functions that they share.
+#![allow(clippy::unwrap_used)]
+
 #[path = "decoders/authors.rs"]
 mod authors;
 #[path = "decoders/changes.rs"]
@@ -11,5 +14,7 @@ mod chunk_census;
 mod frames;
 #[path = "decoders/hostile.rs"]
 mod hostile;
+#[path = "decoders/seeds.rs"]
+mod seeds;
 #[path = "decoders/sync_messages.rs"]
 mod sync_messages;

@@ -15,7 +15,7 @@
 //! Whether the operations that are referred to exist is not known here: that takes the document.
 
 use super::{ChangeError, ColumnProblem};
-use crate::columns::{BooleanRuns, Column, DeltaLane, Lane, ValueRuns};
+use crate::columns::{BooleanRuns, Column, DeltaLane, Lane, RunValue, ValueRuns};
 use crate::leb128::{ReadError, Reader};
 
 /// The names (specifications) of the columns that automerge 0.12 writes in a change.
@@ -105,39 +105,79 @@ fn within<T>(column: u32, result: Result<T, ReadError>) -> Result<T, ChangeError
     result.map_err(|error| ChangeError::Column { column, problem: ColumnProblem::Runs { at: error.at } })
 }
 
-/// Refuses what the columns of a change must not be, before any is read.
-fn check_names(columns: &[Column<'_>]) -> Result<(), ChangeError> {
-    const KNOWN: [u32; 14] = [
-        name::OBJECT_ACTOR,
-        name::OBJECT_COUNTER,
-        name::KEY_ACTOR,
-        name::KEY_COUNTER,
-        name::KEY_TEXT,
-        name::INSERT,
-        name::ACTION,
-        name::VALUE_TYPE,
-        name::VALUE,
-        name::PREDECESSORS,
-        name::PREDECESSOR_ACTOR,
-        name::PREDECESSOR_COUNTER,
-        name::EXPAND,
-        name::MARK_NAME,
-    ];
-    for column in columns {
-        let problem = if column.is_deflated() {
-            ColumnProblem::Deflated
-        } else if !KNOWN.contains(&column.name()) {
-            ColumnProblem::Unknown
-        } else if column.data.is_empty() {
-            ColumnProblem::Empty
-        } else {
-            continue;
-        };
-        return refuse(column.name(), problem);
+/// The bytes of each column, none for those that are left out.
+#[derive(Default)]
+struct Parts<'a> {
+    object_actor: &'a [u8],
+    object_counter: &'a [u8],
+    key_actor: &'a [u8],
+    key_counter: &'a [u8],
+    key_text: &'a [u8],
+    insert: &'a [u8],
+    action: &'a [u8],
+    value_type: &'a [u8],
+    value: &'a [u8],
+    predecessors: &'a [u8],
+    predecessor_actor: &'a [u8],
+    predecessor_counter: &'a [u8],
+    expand: &'a [u8],
+    mark_name: &'a [u8],
+}
+
+impl<'a> Parts<'a> {
+    /// Sorts the columns, and refuses what columns of a change must not be.
+    fn new(columns: &[Column<'a>]) -> Result<Self, ChangeError> {
+        let mut parts = Self::default();
+        let mut before = None;
+        for column in columns {
+            let name = column.name();
+            if column.is_deflated() {
+                return refuse(name, ColumnProblem::Deflated);
+            }
+            if before >= Some(name) {
+                return refuse(name, ColumnProblem::Order);
+            }
+            if column.data.is_empty() {
+                return refuse(name, ColumnProblem::Empty);
+            }
+            before = Some(name);
+            *parts.part(name)? = column.data;
+        }
+        Ok(parts)
     }
-    match columns.windows(2).find(|pair| pair[0].name() >= pair[1].name()) {
-        Some(pair) => refuse(pair[1].name(), ColumnProblem::Order),
-        None => Ok(()),
+
+    fn part(&mut self, name: u32) -> Result<&mut &'a [u8], ChangeError> {
+        Ok(match name {
+            name::OBJECT_ACTOR => &mut self.object_actor,
+            name::OBJECT_COUNTER => &mut self.object_counter,
+            name::KEY_ACTOR => &mut self.key_actor,
+            name::KEY_COUNTER => &mut self.key_counter,
+            name::KEY_TEXT => &mut self.key_text,
+            name::INSERT => &mut self.insert,
+            name::ACTION => &mut self.action,
+            name::VALUE_TYPE => &mut self.value_type,
+            name::VALUE => &mut self.value,
+            name::PREDECESSORS => &mut self.predecessors,
+            name::PREDECESSOR_ACTOR => &mut self.predecessor_actor,
+            name::PREDECESSOR_COUNTER => &mut self.predecessor_counter,
+            name::EXPAND => &mut self.expand,
+            name::MARK_NAME => &mut self.mark_name,
+            _ => return refuse(name, ColumnProblem::Unknown),
+        })
+    }
+}
+
+fn values<'a, V: RunValue<'a>>(data: &'a [u8]) -> Lane<ValueRuns<'a, V>> {
+    match data {
+        [] => Lane::absent(),
+        data => Lane::new(ValueRuns::new(data)),
+    }
+}
+
+fn booleans(data: &[u8]) -> Lane<BooleanRuns<'_>> {
+    match data {
+        [] => Lane::absent(),
+        data => Lane::new(BooleanRuns::new(data)),
     }
 }
 
@@ -167,30 +207,23 @@ struct Walk<'a> {
 
 impl<'a> Walk<'a> {
     fn new(columns: &[Column<'a>], context: &Context) -> Result<Self, ChangeError> {
-        check_names(columns)?;
-        let data = |name| columns.iter().find(|column| column.name() == name).map(|column| column.data);
-        let unsigned = |name| data(name).map_or_else(Lane::absent, |data| Lane::new(ValueRuns::new(data)));
-        let delta = |name| {
-            DeltaLane::new(data(name).map_or_else(Lane::absent, |data| Lane::new(ValueRuns::new(data))))
-        };
-        let text = |name| data(name).map_or_else(Lane::absent, |data| Lane::new(ValueRuns::new(data)));
-        let boolean = |name| data(name).map_or_else(Lane::absent, |data| Lane::new(BooleanRuns::new(data)));
+        let parts = Parts::new(columns)?;
         Ok(Self {
             // Nothing stands for no operations here, and for nulls in the others.
-            action: Lane::new(ValueRuns::new(data(name::ACTION).unwrap_or_default())),
-            object_actor: unsigned(name::OBJECT_ACTOR),
-            object_counter: unsigned(name::OBJECT_COUNTER),
-            key_actor: unsigned(name::KEY_ACTOR),
-            key_counter: delta(name::KEY_COUNTER),
-            key_text: text(name::KEY_TEXT),
-            insert: boolean(name::INSERT),
-            value_type: unsigned(name::VALUE_TYPE),
-            values: Reader::new(data(name::VALUE).unwrap_or_default()),
-            predecessors: unsigned(name::PREDECESSORS),
-            predecessor_actor: unsigned(name::PREDECESSOR_ACTOR),
-            predecessor_counter: delta(name::PREDECESSOR_COUNTER),
-            expand: boolean(name::EXPAND),
-            mark_name: text(name::MARK_NAME),
+            action: Lane::new(ValueRuns::new(parts.action)),
+            object_actor: values(parts.object_actor),
+            object_counter: values(parts.object_counter),
+            key_actor: values(parts.key_actor),
+            key_counter: DeltaLane::new(values(parts.key_counter)),
+            key_text: values(parts.key_text),
+            insert: booleans(parts.insert),
+            value_type: values(parts.value_type),
+            values: Reader::new(parts.value),
+            predecessors: values(parts.predecessors),
+            predecessor_actor: values(parts.predecessor_actor),
+            predecessor_counter: DeltaLane::new(values(parts.predecessor_counter)),
+            expand: booleans(parts.expand),
+            mark_name: values(parts.mark_name),
             any_expands: false,
             actors: Actors::new(context),
             predecessors_left: context.operations_max,

@@ -17,9 +17,9 @@ use crate::storage::StorageError;
 use crate::storage::failure::classify_migration;
 use crate::storage::schema::{NEWEST_MIGRATION, refuse_newer};
 
-/// How long a statement waits for another process's transaction. A healthy one takes milliseconds; a migration
-/// may take seconds.
-const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a statement waits for another process's transaction. A healthy one takes milliseconds; a migration may
+/// take seconds.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Connections that read. Reads do not wait for the writer, and a machine has only so many cores.
 const READERS_MAX: u32 = 4;
