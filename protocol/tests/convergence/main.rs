@@ -67,7 +67,7 @@ fn changes_before_their_dependencies_are_completed() {
 
 #[test]
 fn read_only_peers_neither_take_nor_lose() {
-    run(400, Weather { read_only: 10, disconnects: 4, merges: 2, ..CALM });
+    run(400, Weather { read_only: 10, v1: 15, disconnects: 4, merges: 2, ..CALM });
 }
 
 #[test]
