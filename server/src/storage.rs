@@ -33,9 +33,11 @@
 //! 11. **Independent documents.** No call about one document reads or locks another's rows, except that appends
 //!     share the origin's counter.
 
+mod bundle;
 mod failure;
 mod log_run;
 pub mod memory;
+mod packing;
 pub mod postgres;
 mod schema;
 pub mod sqlite;

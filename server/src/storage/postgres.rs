@@ -9,6 +9,7 @@
 mod connections;
 mod statistics;
 
+use std::collections::HashSet;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -25,12 +26,15 @@ use sqlx::{ConnectOptions, Connection, Postgres, Row};
 use uuid::Uuid;
 
 use self::connections::{Connections, connect};
+use super::bundle::{
+    Bundle, CoveredBundles, FoundBundle, PRUNE_ATTEMPTS_MAX, Tail, bundle, prune_disturbed, without,
+};
 use super::failure::{clamped, classify, classify_migration, intact, signed, unsigned};
 use super::log_run::{FoundCounter, LogRun, gather, judge_refused};
 use super::schema::{self, state_columns, state_from_columns};
 use super::{
     ClaimedOrigin, DocumentAppend, DocumentState, LogEntry, NewBase, Storage, StorageError,
-    StorageStatistics, StoredBase, StoredChange, StoredDocument, new_storage_id,
+    StorageStatistics, StoredBase, StoredDocument, new_storage_id,
 };
 
 /// Connections for appends. An origin's appends follow each other; this allows a few origins and the writes of
@@ -69,9 +73,14 @@ const STATEMENT_BYTES_MAX: usize = 32 << 20;
 /// The key of the advisory lock that migrations are run under: "isobar" in ASCII.
 const MIGRATION_LOCK: i64 = 0x6973_6f62_6172;
 
-const INSERT_CHANGES: &str = "\
-    INSERT INTO changes (document_id, change_hash, bytes) \
-    SELECT * FROM unnest($1::bytea[], $2::bytea[], $3::bytea[]) ON CONFLICT DO NOTHING";
+const INSERT_BUNDLES: &str = "\
+    INSERT INTO changes (document_id, origin, first_seq, hashes, changes) \
+    SELECT b.document_id, $1, b.first_seq, b.hashes, b.changes \
+    FROM unnest($2::bytea[], $3::bigint[], $4::bytea[], $5::bytea[]) AS b (document_id, first_seq, hashes, changes)";
+
+const DELETE_BUNDLES: &str = "\
+    DELETE FROM changes USING unnest($2::bytea[], $3::bigint[]) AS gone (origin, first_seq) \
+    WHERE document_id = $1 AND changes.origin = gone.origin AND changes.first_seq = gone.first_seq";
 
 /// An append. The parts that insert read from `counter`, so they do nothing unless it was raised.
 const APPEND: &str = "\
@@ -83,9 +92,10 @@ const APPEND: &str = "\
         INSERT INTO documents (id, placement_group, state, created_at) \
         SELECT d.id, $6, 0, $7 FROM counter, unnest($8::bytea[]) AS d (id) ON CONFLICT DO NOTHING \
     ), stored AS ( \
-        INSERT INTO changes (document_id, change_hash, bytes) \
-        SELECT c.* FROM counter, unnest($9::bytea[], $10::bytea[], $11::bytea[]) AS c \
-        ON CONFLICT DO NOTHING \
+        INSERT INTO changes (document_id, origin, first_seq, hashes, changes) \
+        SELECT b.document_id, $1, b.first_seq, b.hashes, b.changes \
+        FROM counter, unnest($9::bytea[], $10::bigint[], $11::bytea[], $12::bytea[]) \
+            AS b (document_id, first_seq, hashes, changes) \
     ) SELECT seq FROM counter";
 
 type Statement<'q> = Query<'q, Postgres, PgArguments>;
@@ -146,6 +156,45 @@ impl PostgresStorage {
     async fn found_region(&self) -> Result<Option<(String, String)>, StorageError> {
         let rows = self.fetch_all(CALL_TIMEOUT, sqlx::query(schema::READ_REGION)).await?;
         rows.first().map(|row| Ok((column(row, "name")?, column(row, "storage_id")?))).transpose()
+    }
+
+    async fn delete_bundles(
+        &self,
+        document: &DocumentId,
+        bundles: &[FoundBundle],
+    ) -> Result<(), StorageError> {
+        if bundles.is_empty() {
+            return Ok(());
+        }
+        let origins: Vec<&[u8]> = bundles.iter().map(|bundle| &bundle.origin[..]).collect();
+        let first_seqs: Vec<i64> = bundles.iter().map(|bundle| bundle.first_seq).collect();
+        let query = sqlx::query(DELETE_BUNDLES).bind(document.as_bytes()).bind(origins).bind(first_seqs);
+        self.execute(query).await.map(drop)
+    }
+
+    /// Rewrites a bundle without its covered changes; `false` if it is no longer what was found.
+    async fn shrink_bundle(
+        &self,
+        document: &DocumentId,
+        found: &FoundBundle,
+        covered: &HashSet<ChangeHash>,
+    ) -> Result<bool, StorageError> {
+        let read = sqlx::query(schema::READ_BUNDLE_CHANGES)
+            .bind(document.as_bytes())
+            .bind(&found.origin)
+            .bind(found.first_seq)
+            .bind(&found.hashes);
+        let rows = self.fetch_all(CALL_TIMEOUT, read).await?;
+        let Some(row) = rows.first() else { return Ok(false) };
+        let (hashes, changes) = without(&found.hashes, &bytes(row, "changes")?, covered)?;
+        let replace = sqlx::query(schema::REPLACE_BUNDLE)
+            .bind(document.as_bytes())
+            .bind(&found.origin)
+            .bind(found.first_seq)
+            .bind(&found.hashes)
+            .bind(hashes)
+            .bind(changes);
+        Ok(self.execute(replace).await?.rows_affected() == 1)
     }
 
     async fn read_counter(&self, origin: OriginId, end: Seq) -> Result<FoundCounter, StorageError> {
@@ -236,43 +285,48 @@ fn document_from_row(row: &PgRow) -> Result<StoredDocument, StorageError> {
     })
 }
 
-fn change_from_row(row: &PgRow) -> Result<StoredChange, StorageError> {
-    let hash = intact(ChangeHash::from_slice(column(row, "change_hash")?))?;
-    Ok(StoredChange { hash, bytes: bytes(row, "bytes")? })
+fn found_bundle(row: &PgRow) -> Result<FoundBundle, StorageError> {
+    Ok(FoundBundle {
+        origin: column(row, "origin")?,
+        first_seq: column(row, "first_seq")?,
+        hashes: column(row, "hashes")?,
+    })
 }
 
-/// The columns of many changes, one array each.
+/// The columns of many bundles, one array each.
 #[derive(Default)]
-struct ChangeColumns<'a> {
+struct BundleColumns<'a> {
     documents: Vec<&'a [u8]>,
-    hashes: Vec<&'a [u8]>,
-    bytes: Vec<&'a [u8]>,
+    first_seqs: Vec<i64>,
+    hashes: Vec<Vec<u8>>,
+    changes: Vec<Vec<u8>>,
 }
 
-/// Splits a batch so that each part fits a statement; the first part may be the only one.
-fn change_columns(batch: &[DocumentAppend]) -> Vec<ChangeColumns<'_>> {
-    let mut parts = vec![ChangeColumns::default()];
+/// Splits bundles so that each part fits a statement; the first part may be the only one.
+fn bundle_columns(bundles: Vec<Bundle<'_>>) -> Vec<BundleColumns<'_>> {
+    let mut parts = vec![BundleColumns::default()];
     let mut part_bytes = 0;
-    for (document, change) in schema::sorted_changes(batch) {
-        if part_bytes > 0 && part_bytes + change.bytes.len() > STATEMENT_BYTES_MAX {
-            parts.push(ChangeColumns::default());
+    for bundle in bundles {
+        if part_bytes > 0 && part_bytes + bundle.changes.len() > STATEMENT_BYTES_MAX {
+            parts.push(BundleColumns::default());
             part_bytes = 0;
         }
-        part_bytes += change.bytes.len();
+        part_bytes += bundle.changes.len();
         let part = parts.last_mut().expect("there is a first part, and none is removed");
-        part.documents.push(document.as_bytes());
-        part.hashes.push(&change.hash.as_bytes()[..]);
-        part.bytes.push(&change.bytes);
+        part.documents.push(bundle.document.as_bytes());
+        part.first_seqs.push(signed(bundle.first.0));
+        part.hashes.push(bundle.hashes);
+        part.changes.push(bundle.changes);
     }
     parts
 }
 
-/// The append statement with a batch's first changes; whether it raised the counter.
+/// The append statement with a batch's first bundles; whether it raised the counter.
 async fn append_first(
     connection: &mut PgConnection,
     origin: &ClaimedOrigin,
     run: &LogRun,
-    changes: &ChangeColumns<'_>,
+    bundles: &BundleColumns<'_>,
     documents: &[&[u8]],
 ) -> Result<bool, sqlx::Error> {
     let row = sqlx::query(APPEND)
@@ -284,9 +338,10 @@ async fn append_first(
         .bind(origin.group.as_str())
         .bind(schema::now_ms())
         .bind(documents)
-        .bind(&changes.documents)
-        .bind(&changes.hashes)
-        .bind(&changes.bytes)
+        .bind(&bundles.documents)
+        .bind(&bundles.first_seqs)
+        .bind(&bundles.hashes)
+        .bind(&bundles.changes)
         // Reads up to the server's being ready again. The row by itself says nothing: a transaction of one
         // statement commits after its row was sent.
         .fetch_all(connection)
@@ -302,10 +357,8 @@ async fn append_batch(
     run: &LogRun,
     batch: &[DocumentAppend],
 ) -> Result<bool, sqlx::Error> {
-    let mut documents: Vec<&[u8]> = batch.iter().map(|append| append.document.as_bytes()).collect();
-    documents.sort_unstable();
-    documents.dedup();
-    let parts = change_columns(batch);
+    let documents: Vec<&[u8]> = schema::documents(batch).into_iter().map(DocumentId::as_bytes).collect();
+    let parts = bundle_columns(bundle(run.first, batch));
     let (first, more) = parts.split_first().expect("there is a first part");
     if more.is_empty() {
         return append_first(connection, origin, run, first, &documents).await;
@@ -314,9 +367,14 @@ async fn append_batch(
     let raised = append_first(&mut transaction, origin, run, first, &documents).await?;
     if raised {
         for part in more {
-            let query =
-                sqlx::query(INSERT_CHANGES).bind(&part.documents).bind(&part.hashes).bind(&part.bytes);
-            query.execute(&mut *transaction).await?;
+            sqlx::query(INSERT_BUNDLES)
+                .bind(&origin.id.0.as_bytes()[..])
+                .bind(&part.documents)
+                .bind(&part.first_seqs)
+                .bind(&part.hashes)
+                .bind(&part.changes)
+                .execute(&mut *transaction)
+                .await?;
         }
     }
     transaction.commit().await?;
@@ -424,15 +482,16 @@ impl Storage for PostgresStorage {
     async fn load_document(&self, document: &DocumentId) -> Result<Option<StoredDocument>, StorageError> {
         let query = sqlx::query(schema::LOAD_DOCUMENT).bind(document.as_bytes());
         let mut loaded = None;
-        let mut tail = Vec::new();
+        let mut tail = Tail::default();
         for row in &self.fetch_all(BULK_TIMEOUT, query).await? {
             if column::<Option<&str>>(row, "placement_group")?.is_some() {
                 loaded = Some(document_from_row(row)?);
             } else {
-                tail.push(change_from_row(row)?);
+                let first = Seq(unsigned(column(row, "first_seq")?)?);
+                tail.push(first, column(row, "hashes")?, &bytes(row, "changes")?)?;
             }
         }
-        Ok(loaded.map(|document| StoredDocument { tail, ..document }))
+        Ok(loaded.map(|document| StoredDocument { tail: tail.into_changes(), ..document }))
     }
 
     async fn read_base_chunk(&self, document: &DocumentId) -> Result<Option<(u64, Bytes)>, StorageError> {
@@ -463,9 +522,22 @@ impl Storage for PostgresStorage {
     }
 
     async fn prune_changes(&self, document: &DocumentId, covered: &[ChangeHash]) -> Result<(), StorageError> {
-        let covered: Vec<&[u8]> = covered.iter().map(|hash| &hash.as_bytes()[..]).collect();
-        let delete = "DELETE FROM changes WHERE document_id = $1 AND change_hash = ANY ($2)";
-        self.execute(sqlx::query(delete).bind(document.as_bytes()).bind(&covered)).await.map(drop)
+        let covered: HashSet<ChangeHash> = covered.iter().copied().collect();
+        for _ in 0..PRUNE_ATTEMPTS_MAX {
+            let query = sqlx::query(schema::READ_BUNDLE_HASHES).bind(document.as_bytes());
+            let rows = self.fetch_all(BULK_TIMEOUT, query).await?;
+            let found: Result<Vec<FoundBundle>, StorageError> = rows.iter().map(found_bundle).collect();
+            let bundles = CoveredBundles::among(found?, &covered);
+            self.delete_bundles(document, &bundles.whole).await?;
+            let mut undisturbed = true;
+            for bundle in &bundles.part {
+                undisturbed &= self.shrink_bundle(document, bundle, &covered).await?;
+            }
+            if undisturbed {
+                return Ok(());
+            }
+        }
+        Err(prune_disturbed())
     }
 
     async fn finish_prune(&self, document: &DocumentId, generation: u64) -> Result<(), StorageError> {
