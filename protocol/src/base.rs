@@ -11,10 +11,16 @@
 //! Both have an encoding of their own for storage: little-endian integers behind a version byte. It is read back
 //! only by the program that wrote it or a newer one, but a damaged one is an error, never a panic.
 
+use std::collections::BTreeSet;
+
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use smallvec::SmallVec;
 
 use crate::ids::{ActorId, ChangeHash};
+
+mod actor_set;
+
+pub use actor_set::ActorSet;
 
 const SUMMARY_VERSION: u8 = 1;
 const INDEX_VERSION: u8 = 1;
@@ -32,8 +38,8 @@ pub struct BaseHead {
     pub hash: ChangeHash,
     pub position: u64,
     pub max_op: u64,
-    /// The authors among the head and its ancestors, as indexes into [`BaseSummary::actors`], ascending.
-    pub actors: Vec<u32>,
+    /// The authors among the head and its ancestors, as indexes into [`BaseSummary::actors`].
+    pub actors: ActorSet,
 }
 
 /// Where an author stands at the end of the base.
@@ -42,6 +48,8 @@ pub struct BaseActor {
     pub id: ActorId,
     pub last_seq: u64,
     pub last_position: u64,
+    /// Stock authors name their own last change as a dependency, so that this one is asked for without the index.
+    pub last_hash: ChangeHash,
 }
 
 /// The facts of a base that every change after it is checked against.
@@ -65,15 +73,17 @@ impl BaseSummary {
             out.put_slice(actor.id.as_bytes());
             out.put_u64_le(actor.last_seq);
             out.put_u64_le(actor.last_position);
+            out.put_slice(actor.last_hash.as_bytes());
         }
         out.put_u32_le(self.heads.len() as u32);
         for head in &self.heads {
             out.put_slice(head.hash.as_bytes());
             out.put_u64_le(head.position);
             out.put_u64_le(head.max_op);
-            out.put_u32_le(head.actors.len() as u32);
-            for actor in &head.actors {
-                out.put_u32_le(*actor);
+            out.put_u32_le(head.actors.run_count() as u32);
+            for run in head.actors.runs() {
+                out.put_u32_le(run.start);
+                out.put_u32_le(run.end);
             }
         }
         out.freeze()
@@ -109,7 +119,8 @@ impl BaseSummary {
         let id = ActorId::from_slice(id).ok()?;
         let last_seq = input.try_get_u64_le().ok()?;
         let last_position = input.try_get_u64_le().ok()?;
-        Some(BaseActor { id, last_seq, last_position })
+        let last_hash = read_hash(input)?;
+        Some(BaseActor { id, last_seq, last_position, last_hash })
     }
 
     fn read_head(input: &mut &[u8], actor_count: u32) -> Option<BaseHead> {
@@ -117,14 +128,11 @@ impl BaseSummary {
         let position = input.try_get_u64_le().ok()?;
         let max_op = input.try_get_u64_le().ok()?;
         let count = input.try_get_u32_le().ok()?;
-        let mut actors = Vec::new();
+        let mut runs = Vec::new();
         for _ in 0..count {
-            let actor = input.try_get_u32_le().ok()?;
-            if actor >= actor_count {
-                return None;
-            }
-            actors.push(actor);
+            runs.push(input.try_get_u32_le().ok()?..input.try_get_u32_le().ok()?);
         }
+        let actors = ActorSet::from_runs(runs.into_iter(), actor_count)?;
         Some(BaseHead { hash, position, max_op, actors })
     }
 }
@@ -230,13 +238,14 @@ impl BaseIndex {
 
     /// Walks everything that the `entries` (positions in the base) descend from, themselves included.
     pub(crate) fn closure(&self, entries: &[u64]) -> BaseClosure {
-        let mut member = vec![false; self.len()];
+        let end = entries.iter().max().map_or(0, |last| *last as usize + 1);
+        let mut member = vec![false; end];
         for entry in entries {
             member[*entry as usize] = true;
         }
-        let mut actors = std::collections::BTreeSet::new();
+        let mut actors = BTreeSet::new();
         // Parents stand before their children, so one pass from the end sees every child first.
-        for position in (0..self.len()).rev() {
+        for position in (0..end).rev() {
             if member[position] {
                 actors.insert(self.actors[position]);
                 for parent in self.parents(position) {
@@ -306,12 +315,11 @@ impl BaseIndex {
 /// The part of a base that some changes descend from.
 pub(crate) struct BaseClosure {
     member: Vec<bool>,
-    /// The authors in it, ascending.
-    pub(crate) actors: Vec<u32>,
+    pub(crate) actors: ActorSet,
 }
 
 impl BaseClosure {
     pub(crate) fn contains(&self, position: u64) -> bool {
-        self.member[position as usize]
+        self.member.get(position as usize).is_some_and(|it| *it)
     }
 }

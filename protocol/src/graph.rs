@@ -20,7 +20,7 @@
 //! - `heads` are the durable changes that no durable change depends on, sorted by hash.
 //! - For every author the changes in the graph are numbered 1, 2, 3, … and each descends from the one before.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -28,15 +28,19 @@ use smallvec::SmallVec;
 
 use crate::base::{BaseActor, BaseEntry, BaseHead, BaseIndex, BaseSummary};
 use crate::change::Change;
-use crate::config::{Limits, MAX_OP_MAX, START_OP_JUMP_MAX};
+use crate::config::{ANCESTRY_STEPS_PER_CHANGE, Limits, MAX_OP_MAX, START_OP_JUMP_MAX};
 use crate::ids::{ActorId, ChangeHash};
 
+mod past;
 mod pending;
 mod walk;
 
+use past::{Past, Reach, Steps};
 use pending::Pending;
 
-/// Why a change was refused. Nothing was changed.
+/// Why a change was refused. Nothing was changed, except that changes which waited for this one are forgotten, since
+/// they can never be complete. Whether a change is refused depends on its ancestors and on its author's other
+/// changes, not on the order in which changes arrive; the two limits on effort, named last, excepted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
     /// The author's sequence number does not follow the author's last change. Stock Automerge panics on it.
@@ -52,7 +56,7 @@ pub enum Refusal {
     #[error("operations start at {start_op}, dependencies reach {reached}")]
     StartOpTooLow { start_op: u64, reached: u64 },
     /// The operation counter jumps so far that it would use up the document.
-    #[error("operations reach {max_op}, the document stands at {reached}")]
+    #[error("operations reach {max_op}, dependencies {reached}")]
     StartOpTooHigh { max_op: u64, reached: u64 },
     /// It names an author whom none of its ancestors has. Stock Automerge panics on it.
     #[error("an operation names an author unknown to the change's ancestors")]
@@ -60,6 +64,9 @@ pub enum Refusal {
     /// Too many changes wait for dependencies.
     #[error("too many changes of this document wait for dependencies")]
     PendingFull,
+    /// The document's history is so tangled that checking more of it costs too much.
+    #[error("the history is too tangled to check")]
+    TooTangled,
 }
 
 impl Refusal {
@@ -73,6 +80,7 @@ impl Refusal {
             Refusal::StartOpTooHigh { .. } => "start_op_too_high",
             Refusal::UnknownActor => "unknown_actor",
             Refusal::PendingFull => "pending_full",
+            Refusal::TooTangled => "too_tangled",
         }
     }
 }
@@ -86,7 +94,8 @@ pub enum Ingested {
     Pending,
     /// Staged, together with pending changes that waited for it: these positions, in order.
     Staged(std::ops::Range<u64>),
-    /// The change refers to the inside of the base: load the index ([`Graph::attach_index`]) and offer it again.
+    /// The change, or one that waits for it, refers to the inside of the base: load the index
+    /// ([`Graph::attach_index`]) and offer it again.
     NeedsIndex,
 }
 
@@ -94,16 +103,14 @@ pub enum Ingested {
 #[derive(Debug)]
 pub(crate) struct Node {
     pub(crate) hash: ChangeHash,
-    /// Positions of the dependencies; those below the tail's start are in the base.
+    /// Positions of the dependencies, ascending; those below the tail's start are in the base.
     parents: SmallVec<[u64; 2]>,
     actor: u32,
     seq: u64,
     max_op: u64,
     pub(crate) bytes: Bytes,
-    /// The authors among this change and its ancestors.
-    actors: Arc<[u32]>,
-    /// Whether the whole base is among its ancestors.
-    covers_base: bool,
+    /// Of itself and its ancestors.
+    past: Arc<Past>,
 }
 
 /// Where an author stands, staged changes included.
@@ -119,7 +126,7 @@ struct ActorState {
 enum Lookup {
     At(u64),
     Absent,
-    /// Not in the tail nor a head of the base; only the index can tell.
+    /// Not in the tail, nor a head of the base or an author's last change there; only the index can tell.
     AskIndex,
 }
 
@@ -127,6 +134,10 @@ enum Lookup {
 #[derive(Debug, Default)]
 pub struct Graph {
     base: BaseSummary,
+    /// Of the base's heads, in their order.
+    base_pasts: Vec<Arc<Past>>,
+    /// The base's heads and its authors' last changes.
+    base_positions: HashMap<ChangeHash, u64>,
     index: Option<Arc<BaseIndex>>,
     nodes: Vec<Node>,
     positions: HashMap<ChangeHash, u64>,
@@ -135,8 +146,11 @@ pub struct Graph {
     durable_end: u64,
     /// Hash and position of each durable head, by hash.
     heads: BTreeMap<ChangeHash, u64>,
-    max_op: u64,
     tail_bytes: usize,
+    /// How many numbers the tail's [`Past`]s keep.
+    past_size: usize,
+    /// Steps spent on checking what changes descend from.
+    steps_spent: u64,
     pending: Pending,
 }
 
@@ -148,27 +162,32 @@ impl Graph {
 
     /// A document that has a base and no tail yet.
     pub fn from_base(base: BaseSummary) -> Self {
-        let mut graph = Self::default();
+        let mut graph = Self {
+            durable_end: base.change_count,
+            heads: base.heads.iter().map(|head| (head.hash, head.position)).collect(),
+            ..Self::default()
+        };
+        for actor in &base.actors {
+            let number = graph.actor_number(&actor.id) as usize;
+            graph.actors[number].last_seq = actor.last_seq;
+            graph.actors[number].last_position = actor.last_position;
+        }
         graph.set_base(base);
         graph
     }
 
     fn set_base(&mut self, base: BaseSummary) {
-        self.durable_end = base.change_count;
-        self.max_op = base.max_op;
-        self.heads = base.heads.iter().map(|head| (head.hash, head.position)).collect();
-        self.actors = base
-            .actors
-            .iter()
-            .map(|actor| ActorState {
-                id: actor.id.clone(),
-                last_seq: actor.last_seq,
-                last_position: actor.last_position,
-            })
-            .collect();
-        self.actor_numbers =
-            self.actors.iter().enumerate().map(|(number, actor)| (actor.id.clone(), number as u32)).collect();
+        let heads = base.heads.iter().map(|head| (head.hash, head.position));
+        let last = base.actors.iter().map(|actor| (actor.last_hash, actor.last_position));
+        self.base_positions = heads.chain(last).collect();
         self.base = base;
+        let pasts = self.base.heads.iter().map(|head| {
+            Arc::new(Past {
+                actors: head.actors.clone(),
+                reach: self.reach_from(std::iter::once(head.position)),
+            })
+        });
+        self.base_pasts = pasts.collect();
     }
 
     /// The first position of the tail; everything before is in the base.
@@ -223,7 +242,9 @@ impl Graph {
         self.nodes.len() * NODE_BYTES
             + self.tail_bytes
             + self.pending.bytes()
+            + self.past_size * 8
             + self.actors.len() * 128
+            + self.base_positions.len() * 64
             + index
     }
 
@@ -257,8 +278,8 @@ impl Graph {
         if let Some(position) = self.positions.get(hash) {
             return Lookup::At(*position);
         }
-        if let Some(head) = self.base.heads.iter().find(|head| head.hash == *hash) {
-            return Lookup::At(head.position);
+        if let Some(position) = self.base_positions.get(hash) {
+            return Lookup::At(*position);
         }
         match &self.index {
             Some(index) => index.position_of(hash).map_or(Lookup::Absent, Lookup::At),
@@ -267,9 +288,33 @@ impl Graph {
         }
     }
 
+    /// The place among the base's heads of the one at this position.
+    fn base_head(&self, position: u64) -> Option<usize> {
+        self.base.heads.binary_search_by_key(&position, |head| head.position).ok()
+    }
+
     /// Offers a change. It is staged if everything it depends on is here, kept pending if not, refused if it would
     /// harm those who receive it.
     pub fn ingest(&mut self, change: Change, limits: &Limits) -> Result<Ingested, Refusal> {
+        let credit = ANCESTRY_STEPS_PER_CHANGE.saturating_mul(self.staged_end());
+        let allowed = limits.ancestry_steps_max.saturating_add(credit);
+        let mut steps = Steps::new(allowed.saturating_sub(self.steps_spent));
+        let before = steps.left();
+        let hash = change.hash;
+        let ingested = self.ingest_within(change, limits, &mut steps);
+        self.steps_spent = self.steps_spent.saturating_add(before - steps.left());
+        if ingested.is_err() {
+            self.pending.drop_dependents(hash);
+        }
+        ingested
+    }
+
+    fn ingest_within(
+        &mut self,
+        change: Change,
+        limits: &Limits,
+        steps: &mut Steps,
+    ) -> Result<Ingested, Refusal> {
         if self.pending.contains(&change.hash) {
             return Ok(Ingested::Known);
         }
@@ -278,24 +323,28 @@ impl Graph {
             Lookup::AskIndex => return Ok(Ingested::NeedsIndex),
             Lookup::Absent => {}
         }
+        // Those that wait for it may have dependencies that only the index knows; they are looked up with it.
+        if self.has_base() && self.index.is_none() && self.pending.awaits(&change.hash) {
+            return Ok(Ingested::NeedsIndex);
+        }
         let parents = match self.resolve(&change) {
             Resolved::All(parents) => parents,
             Resolved::NeedsIndex => return Ok(Ingested::NeedsIndex),
             Resolved::Missing(missing) => {
-                return if self.pending.insert(change, missing, limits) {
+                return if self.pending.insert(change, &missing, limits) {
                     Ok(Ingested::Pending)
                 } else {
                     Err(Refusal::PendingFull)
                 };
             }
         };
-        let Some(checked) = self.check(&change, parents)? else {
+        let Some(past) = self.check(&change, &parents, steps)? else {
             return Ok(Ingested::NeedsIndex);
         };
         let start = self.staged_end();
         let hash = change.hash;
-        self.stage(change, checked);
-        self.stage_dependents(hash);
+        self.stage(change, parents, past);
+        self.stage_dependents(hash, steps);
         Ok(Ingested::Staged(start..self.staged_end()))
     }
 
@@ -315,21 +364,32 @@ impl Graph {
 
     fn resolve(&self, change: &Change) -> Resolved {
         let mut parents = SmallVec::new();
-        let mut missing = None;
+        let mut missing = Vec::new();
         for dependency in &change.deps {
             match self.lookup(dependency) {
                 Lookup::At(position) => parents.push(position),
-                // A dependency that is awaited for other changes is not in the base either.
-                Lookup::AskIndex if self.pending.contains(dependency) => missing = Some(*dependency),
+                // A dependency that waits itself is not in the base.
+                Lookup::AskIndex if self.pending.contains(dependency) => missing.push(*dependency),
                 Lookup::AskIndex => return Resolved::NeedsIndex,
-                Lookup::Absent => missing = Some(*dependency),
+                Lookup::Absent => missing.push(*dependency),
             }
         }
-        missing.map_or(Resolved::All(parents), Resolved::Missing)
+        if missing.is_empty() {
+            parents.sort_unstable();
+            Resolved::All(parents)
+        } else {
+            Resolved::Missing(missing)
+        }
     }
 
-    /// The rules of the door. `None`: the index is needed to decide.
-    fn check(&self, change: &Change, parents: SmallVec<[u64; 2]>) -> Result<Option<Checked>, Refusal> {
+    /// The rules of the door. Returns what the change has among itself and its ancestors, its author excepted. `None`:
+    /// the index is needed to decide.
+    fn check(
+        &self,
+        change: &Change,
+        parents: &[u64],
+        steps: &mut Steps,
+    ) -> Result<Option<Arc<Past>>, Refusal> {
         let last = self.actor(&change.actor);
         let last_seq = last.map_or(0, |actor| actor.last_seq);
         if change.seq <= last_seq {
@@ -338,59 +398,54 @@ impl Graph {
         if change.seq != last_seq + 1 {
             return Err(Refusal::SeqGap { last: last_seq, found: change.seq });
         }
-        let Some(ancestry) = self.ancestry(&parents) else {
+        let Some((past, reached)) = self.past_of(parents, steps)? else {
             return Ok(None);
         };
         if let Some(actor) = last {
-            match self.descends_from(&parents, actor.last_position, &ancestry) {
+            match self.descends_from(parents, actor.last_position, &past, steps)? {
                 Some(true) => {}
                 Some(false) => return Err(Refusal::PreviousNotAncestor),
                 None => return Ok(None),
             }
         }
-        self.check_counters(change, ancestry.max_op)?;
-        for other in &change.other_actors {
-            let known =
-                self.actor_numbers.get(other).is_some_and(|it| ancestry.actors.binary_search(it).is_ok());
-            if !known && *other != change.actor {
-                return Err(Refusal::UnknownActor);
-            }
+        check_counters(change, reached)?;
+        if last.is_none() {
+            // The author is added to a copy.
+            steps.spend(past.size())?;
         }
-        Ok(Some(Checked { parents, actors: ancestry.actors, covers_base: ancestry.covers_base }))
+        let knows = |actor| self.actor_numbers.get(actor).is_some_and(|it| past.actors.contains(*it));
+        match change.other_actors.iter().all(knows) {
+            true => Ok(Some(past)),
+            false => Err(Refusal::UnknownActor),
+        }
     }
 
-    fn check_counters(&self, change: &Change, reached: u64) -> Result<(), Refusal> {
-        if change.start_op <= reached {
-            return Err(Refusal::StartOpTooLow { start_op: change.start_op, reached });
-        }
-        let highest = change.max_op().max(change.start_op);
-        if change.start_op > self.max_op.saturating_add(START_OP_JUMP_MAX) || highest > MAX_OP_MAX {
-            return Err(Refusal::StartOpTooHigh { max_op: highest, reached: self.max_op });
-        }
-        Ok(())
-    }
-
-    fn stage(&mut self, change: Change, checked: Checked) {
+    fn stage(&mut self, change: Change, parents: SmallVec<[u64; 2]>, past: Arc<Past>) {
         let position = self.staged_end();
         let actor = self.actor_number(&change.actor);
         let max_op = change.max_op();
-        let actors = with_actor(checked.actors, actor);
+        let past = past.with_actor(actor);
+        self.past_size += self.new_past_size(&parents, &past);
         let state = &mut self.actors[actor as usize];
         state.last_seq = change.seq;
         state.last_position = position;
-        self.max_op = self.max_op.max(max_op);
         self.tail_bytes += change.bytes.len();
         self.positions.insert(change.hash, position);
         self.nodes.push(Node {
             hash: change.hash,
-            parents: checked.parents,
+            parents,
             actor,
             seq: change.seq,
             max_op,
             bytes: change.bytes,
-            actors,
-            covers_base: checked.covers_base,
+            past,
         });
+    }
+
+    /// What a change's past adds, if it does not share that of a dependency.
+    fn new_past_size(&self, parents: &[u64], past: &Arc<Past>) -> usize {
+        let shares = |parent: &u64| self.node(*parent).is_some_and(|node| Arc::ptr_eq(&node.past, past));
+        if parents.iter().any(shares) { 0 } else { past.size() }
     }
 
     fn actor_number(&mut self, id: &ActorId) -> u32 {
@@ -405,19 +460,26 @@ impl Graph {
 
     /// Stages every pending change whose dependencies are complete now that `hash` is staged. A pending change that
     /// turns out to break a rule is dropped: whoever sent it was not promised anything.
-    fn stage_dependents(&mut self, hash: ChangeHash) {
-        let mut ready = self.pending.take_waiting_on(&hash);
+    fn stage_dependents(&mut self, hash: ChangeHash, steps: &mut Steps) {
+        let mut ready = self.pending.arrived(&hash);
         while let Some(change) = ready.pop() {
             let hash = change.hash;
-            match self.resolve(&change) {
-                Resolved::All(parents) => {
-                    if let Ok(Some(checked)) = self.check(&change, parents) {
-                        self.stage(change, checked);
-                        ready.extend(self.pending.take_waiting_on(&hash));
-                    }
+            let parents = match self.resolve(&change) {
+                Resolved::All(parents) => parents,
+                // One that had arrived was rolled back since.
+                Resolved::Missing(missing) => {
+                    self.pending.put_back(change, &missing);
+                    continue;
                 }
-                Resolved::Missing(missing) => self.pending.wait_again(change, missing),
-                Resolved::NeedsIndex => {}
+                Resolved::NeedsIndex => unreachable!("the index is attached when somebody waits"),
+            };
+            match self.check(&change, &parents, steps) {
+                Ok(Some(past)) => {
+                    self.stage(change, parents, past);
+                    ready.extend(self.pending.arrived(&hash));
+                }
+                Ok(None) => unreachable!("the index is attached when somebody waits"),
+                Err(_) => self.pending.drop_dependents(hash),
             }
         }
     }
@@ -444,13 +506,14 @@ impl Graph {
 
     /// The hash of a tail change or of a head of the base; nothing for the inside of the base.
     fn hash_at(&self, position: u64) -> Option<ChangeHash> {
-        if let Some(node) = self.node(position) {
-            return Some(node.hash);
+        match self.node(position) {
+            Some(node) => Some(node.hash),
+            None => self.base_head(position).map(|place| self.base.heads[place].hash),
         }
-        self.base.heads.iter().find(|head| head.position == position).map(|head| head.hash)
     }
 
-    /// Forgets what is staged but not durable, because its commit failed.
+    /// Forgets what is staged but not durable, because its commit failed. Changes that were pending until they were
+    /// staged are forgotten with the rest, whoever sent them, so every session of the document must be closed.
     pub fn roll_back_staged(&mut self) {
         let keep = (self.durable_end - self.base.change_count) as usize;
         for node in self.nodes.drain(keep..).rev() {
@@ -462,19 +525,19 @@ impl Graph {
         while let Some(actor) = self.actors.pop_if(|actor| actor.last_seq == 0) {
             self.actor_numbers.remove(&actor.id);
         }
-        self.recount();
-    }
-
-    /// Derives from base and tail where each author stands and how far operations reach.
-    fn recount(&mut self) {
         for (actor, in_base) in self.actors.iter_mut().zip(&self.base.actors) {
             actor.last_position = in_base.last_position;
         }
-        self.max_op = self.base.max_op;
         for (offset, node) in self.nodes.iter().enumerate() {
             self.actors[node.actor as usize].last_position = self.base.change_count + offset as u64;
-            self.max_op = self.max_op.max(node.max_op);
         }
+        self.measure_pasts();
+    }
+
+    fn measure_pasts(&mut self) {
+        let mut seen = HashSet::new();
+        let pasts = self.nodes.iter().map(|node| &node.past);
+        self.past_size = pasts.filter(|past| seen.insert(Arc::as_ptr(past))).map(|past| past.size()).sum();
     }
 
     /// The dependencies that pending changes wait for, reachable from `heads` and not here: what to ask a peer for
@@ -510,6 +573,16 @@ impl Graph {
         self.pending.contains(hash)
     }
 
+    /// Whether the change is durable, as far as can be told without the index.
+    pub(crate) fn is_durable(&self, hash: &ChangeHash) -> bool {
+        self.position(hash).is_some_and(|position| position < self.durable_end)
+    }
+
+    /// Whether the change is not in the tail nor pending, though it may be in the base.
+    pub(crate) fn is_in_base_or_unknown(&self, hash: &ChangeHash) -> bool {
+        self.has_base() && !self.positions.contains_key(hash) && !self.pending.contains(hash)
+    }
+
     pub(crate) fn base_heads(&self) -> impl Iterator<Item = &ChangeHash> {
         self.base.heads.iter().map(|head| &head.hash)
     }
@@ -528,24 +601,25 @@ impl Graph {
     pub fn summarise(&self, cut: u64) -> (BaseSummary, Vec<BaseEntry>) {
         assert!(cut >= self.tail_start() && cut <= self.durable_end, "a base covers durable changes");
         let covered = &self.nodes[..(cut - self.tail_start()) as usize];
-        let mut heads: BTreeMap<u64, BaseHead> =
-            self.base.heads.iter().map(|head| (head.position, head.clone())).collect();
+        let mut old_heads: BTreeMap<u64, &BaseHead> =
+            self.base.heads.iter().map(|head| (head.position, head)).collect();
+        let mut heads = BTreeMap::new();
         let mut actors = self.base.actors.clone();
         let mut max_op = self.base.max_op;
         let mut entries = Vec::with_capacity(covered.len());
         for (offset, node) in covered.iter().enumerate() {
             let position = self.tail_start() + offset as u64;
             for parent in &node.parents {
+                old_heads.remove(parent);
                 heads.remove(parent);
             }
-            let head =
-                BaseHead { hash: node.hash, position, max_op: node.max_op, actors: node.actors.to_vec() };
-            heads.insert(position, head);
+            heads.insert(position, offset);
             // Authors are numbered in the order of their first change, so a new one is always the next.
             let last = BaseActor {
                 id: self.actors[node.actor as usize].id.clone(),
                 last_seq: node.seq,
                 last_position: position,
+                last_hash: node.hash,
             };
             match actors.get_mut(node.actor as usize) {
                 Some(actor) => *actor = last,
@@ -559,7 +633,12 @@ impl Graph {
                 parents: node.parents.clone(),
             });
         }
-        (BaseSummary { change_count: cut, max_op, heads: heads.into_values().collect(), actors }, entries)
+        let new_heads = heads.into_iter().map(|(position, offset)| {
+            let node = &covered[offset];
+            BaseHead { hash: node.hash, position, max_op: node.max_op, actors: node.past.actors.clone() }
+        });
+        let heads = old_heads.into_values().cloned().chain(new_heads).collect();
+        (BaseSummary { change_count: cut, max_op, heads, actors }, entries)
     }
 
     /// Takes `base` in the place of the old base and the tail before it. Positions stay what they were.
@@ -574,15 +653,34 @@ impl Graph {
             self.positions.remove(&node.hash);
             self.tail_bytes -= node.bytes.len();
         }
-        self.base = base;
+        self.set_base(base);
         self.index = None;
-        self.recount_coverage();
+        self.reach_base_anew();
+        self.measure_pasts();
     }
 
-    fn recount_coverage(&mut self) {
+    /// Works out again how much of the base each change of the tail reaches, after the base has moved.
+    fn reach_base_anew(&mut self) {
         for offset in 0..self.nodes.len() {
-            let parents = self.nodes[offset].parents.clone();
-            self.nodes[offset].covers_base = self.parents_cover_base(&parents);
+            let node = &self.nodes[offset];
+            let mut reach = match node.parents.is_empty() && self.has_base() {
+                true => Reach::From(Vec::new()),
+                false => Reach::Whole,
+            };
+            for (place, parent) in node.parents.iter().enumerate() {
+                let one = match self.node(*parent) {
+                    Some(parent) => parent.past.reach.clone(),
+                    None => self.reach_from(std::iter::once(*parent)),
+                };
+                reach = if place == 0 { one } else { self.merge_reach(&reach, &one) };
+            }
+            let first = node.parents.first().and_then(|parent| self.node(*parent));
+            let shared = first.filter(|it| it.past.reach == reach && it.past.actors == node.past.actors);
+            let past = match shared {
+                Some(parent) => parent.past.clone(),
+                None => Arc::new(Past { actors: node.past.actors.clone(), reach }),
+            };
+            self.nodes[offset].past = past;
         }
     }
 }
@@ -590,31 +688,18 @@ impl Graph {
 /// What a change depends on, looked up.
 enum Resolved {
     All(SmallVec<[u64; 2]>),
-    Missing(ChangeHash),
+    Missing(Vec<ChangeHash>),
     NeedsIndex,
 }
 
-/// A change that passed the door.
-struct Checked {
-    parents: SmallVec<[u64; 2]>,
-    actors: Arc<[u32]>,
-    covers_base: bool,
-}
-
-/// What a change's ancestors have in common.
-struct Ancestry {
-    actors: Arc<[u32]>,
-    max_op: u64,
-    covers_base: bool,
-}
-
-fn with_actor(actors: Arc<[u32]>, actor: u32) -> Arc<[u32]> {
-    match actors.binary_search(&actor) {
-        Ok(_) => actors,
-        Err(place) => {
-            let mut all = actors.to_vec();
-            all.insert(place, actor);
-            all.into()
-        }
+/// Where a change's operations may start, when those of its dependencies have reached `reached`.
+fn check_counters(change: &Change, reached: u64) -> Result<(), Refusal> {
+    if change.start_op <= reached {
+        return Err(Refusal::StartOpTooLow { start_op: change.start_op, reached });
     }
+    let max_op = change.max_op().max(change.start_op);
+    if change.start_op > reached.saturating_add(START_OP_JUMP_MAX) || max_op > MAX_OP_MAX {
+        return Err(Refusal::StartOpTooHigh { max_op, reached });
+    }
+    Ok(())
 }

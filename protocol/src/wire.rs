@@ -50,6 +50,10 @@ pub struct RemoteHeads {
     pub timestamp: f64,
 }
 
+/// An extra: the client does not answer each sync message but gathers its answers, one a second or less. A stock client
+/// answers each at once, which is half of what it costs to send to it.
+pub const EXTRA_GATHERED_ANSWERS: &str = "gathered-answers";
+
 /// A frame that a client sent. Fields that decide nothing (`targetId`) are left out.
 #[derive(Debug, Clone, PartialEq)]
 pub enum ClientFrame<'a> {

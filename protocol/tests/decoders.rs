@@ -14,5 +14,7 @@ mod chunk_census;
 mod frames;
 #[path = "decoders/hostile.rs"]
 mod hostile;
+#[path = "decoders/seeds.rs"]
+mod seeds;
 #[path = "decoders/sync_messages.rs"]
 mod sync_messages;

@@ -17,7 +17,7 @@ use axum::extract::ws::{CloseFrame, Message, WebSocket, close_code};
 use futures_util::{Sink, Stream};
 use isobar_protocol::ids::{ChangeHash, DocumentId, PeerId};
 use isobar_protocol::session::SyncSession;
-use isobar_protocol::wire::{self, ClientFrame, PROTOCOL_VERSION, PeerMetadata};
+use isobar_protocol::wire::{self, ClientFrame, EXTRA_GATHERED_ANSWERS, PROTOCOL_VERSION, PeerMetadata};
 use tokio::time::{Instant, Sleep};
 
 use crate::commit::ByteBudget;
@@ -118,6 +118,8 @@ pub struct Connection {
     held: Vec<(Instant, Slot)>,
     uncommitted: ByteBudget,
     watched: Watched,
+    /// The client answers messages one by one, so unanswered ones tell how far it is behind.
+    answers_each: bool,
     ephemerals: TokenBucket,
     flushing: bool,
     last_heard: Instant,
@@ -164,6 +166,7 @@ impl Connection {
         let now = Instant::now();
         Self {
             watched: Watched::new(&node.storage_id, metadata),
+            answers_each: !gathers_answers(metadata),
             node,
             socket,
             peer,
@@ -387,11 +390,16 @@ async fn join(node: &Node, socket: &mut WebSocket) -> Result<(PeerId, PeerMetada
     let ours = PeerMetadata {
         storage_id: Some(node.storage_id.clone()),
         is_ephemeral: Some(false),
-        extras: Vec::new(),
+        extras: if gathers_answers(&metadata) { vec![EXTRA_GATHERED_ANSWERS.to_owned()] } else { Vec::new() },
     };
     let answer = wire::encode_peer(&node.peer_id, &sender, &ours);
     socket.send(Message::Binary(answer.into())).await.map_err(|_| Ending::Gone)?;
     Ok((sender, metadata))
+}
+
+/// Whether the client announced that it gathers its answers.
+fn gathers_answers(metadata: &PeerMetadata) -> bool {
+    metadata.extras.iter().any(|extra| extra == EXTRA_GATHERED_ANSWERS)
 }
 
 /// Says why, closes, and waits a moment for the client to do the same.

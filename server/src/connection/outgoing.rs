@@ -57,7 +57,7 @@ impl Connection {
     async fn send_sync(&mut self, slot: Slot) -> Result<usize, Ending> {
         let now = Instant::now();
         let subscription = &mut self.subscriptions[slot.0 as usize];
-        if subscription.session.is_behind() && now < subscription.last_sent + GATHER {
+        if self.answers_each && subscription.session.is_behind() && now < subscription.last_sent + GATHER {
             if !std::mem::replace(&mut subscription.held, true) {
                 let until = subscription.last_sent + GATHER;
                 self.held.push((until, slot));
