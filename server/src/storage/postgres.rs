@@ -6,11 +6,13 @@
 //!
 //! Appends have connections of their own, so that loads cannot hold them up.
 
+mod append;
 mod connections;
+mod open;
+mod prune;
 mod statistics;
 
 use std::collections::HashSet;
-use std::str::FromStr;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -19,17 +21,14 @@ use isobar_protocol::ids::{
     ChangeHash, DocumentId, Incarnation, OriginId, PlacementGroup, RegionName, Seq, StorageId,
 };
 use sqlx::error::DatabaseError;
-use sqlx::migrate::Migrator;
-use sqlx::postgres::{PgArguments, PgConnectOptions, PgConnection, PgQueryResult, PgRow};
+use sqlx::postgres::{PgArguments, PgConnection, PgQueryResult, PgRow};
 use sqlx::query::Query;
-use sqlx::{ConnectOptions, Connection, Postgres, Row};
+use sqlx::{Connection, Postgres, Row};
 use uuid::Uuid;
 
-use self::connections::{Connections, connect};
-use super::bundle::{
-    Bundle, CoveredBundles, FoundBundle, PRUNE_ATTEMPTS_MAX, Tail, bundle, prune_disturbed, without,
-};
-use super::failure::{clamped, classify, classify_migration, intact, signed, unsigned};
+use self::connections::Connections;
+use super::bundle::Tail;
+use super::failure::{clamped, classify, intact, signed, unsigned};
 use super::log_run::{FoundCounter, LogRun, gather, judge_refused};
 use super::schema::{self, state_columns, state_from_columns};
 use super::{
@@ -51,53 +50,6 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(15);
 /// How long a call may take that moves a whole document.
 const BULK_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How long a migration may take, including the wait for another node's.
-const MIGRATION_TIMEOUT: Duration = Duration::from_secs(600);
-
-/// Limits that the server keeps for a session whose client is gone: it shall not hold locks for long.
-/// `synchronous_commit` makes a commit wait for the disk whatever the role's or database's default is.
-const SESSION_SETTINGS: [(&str, &str); 7] = [
-    ("synchronous_commit", "on"),
-    ("statement_timeout", "60s"),
-    ("lock_timeout", "10s"),
-    ("idle_in_transaction_session_timeout", "30s"),
-    ("tcp_keepalives_idle", "15"),
-    ("tcp_keepalives_interval", "5"),
-    ("jit", "off"),
-];
-
-/// Most bytes of changes in one statement. The protocol's limit is 1 GiB, and both sides hold a statement in memory
-/// more than once.
-const STATEMENT_BYTES_MAX: usize = 32 << 20;
-
-/// The key of the advisory lock that migrations are run under: "isobar" in ASCII.
-const MIGRATION_LOCK: i64 = 0x6973_6f62_6172;
-
-const INSERT_BUNDLES: &str = "\
-    INSERT INTO changes (document_id, origin, first_seq, hashes, changes) \
-    SELECT b.document_id, $1, b.first_seq, b.hashes, b.changes \
-    FROM unnest($2::bytea[], $3::bigint[], $4::bytea[], $5::bytea[]) AS b (document_id, first_seq, hashes, changes)";
-
-const DELETE_BUNDLES: &str = "\
-    DELETE FROM changes USING unnest($2::bytea[], $3::bigint[]) AS gone (origin, first_seq) \
-    WHERE document_id = $1 AND changes.origin = gone.origin AND changes.first_seq = gone.first_seq";
-
-/// An append. The parts that insert read from `counter`, so they do nothing unless it was raised.
-const APPEND: &str = "\
-    WITH counter AS ( \
-        UPDATE origins SET seq = $2 WHERE id = $1 AND incarnation = $4 AND seq = $3 - 1 RETURNING seq \
-    ), appended AS ( \
-        INSERT INTO log (origin, last_seq, first_seq, entries) SELECT $1, $2, $3, $5 FROM counter \
-    ), created AS ( \
-        INSERT INTO documents (id, placement_group, state, created_at) \
-        SELECT d.id, $6, 0, $7 FROM counter, unnest($8::bytea[]) AS d (id) ON CONFLICT DO NOTHING \
-    ), stored AS ( \
-        INSERT INTO changes (document_id, origin, first_seq, hashes, changes) \
-        SELECT b.document_id, $1, b.first_seq, b.hashes, b.changes \
-        FROM counter, unnest($9::bytea[], $10::bigint[], $11::bytea[], $12::bytea[]) \
-            AS b (document_id, first_seq, hashes, changes) \
-    ) SELECT seq FROM counter";
-
 type Statement<'q> = Query<'q, Postgres, PgArguments>;
 
 /// A Postgres database that is connected.
@@ -110,18 +62,7 @@ impl PostgresStorage {
     /// Connects to the database at `url` (`postgres://user:password@host:port/database`) and migrates it
     /// (clause 9).
     pub async fn connect(url: &str) -> Result<Self, StorageError> {
-        let options = PgConnectOptions::from_str(url)
-            .map_err(failed)?
-            .application_name("isobar")
-            .disable_statement_logging();
-        let mut connection = connect(&options).await?;
-        let migration = migrate(&mut connection, sqlx::migrate!("../migrations/postgres"));
-        match tokio::time::timeout(MIGRATION_TIMEOUT, migration).await {
-            Ok(outcome) => outcome?,
-            Err(_) => return Err(StorageError::Transient("the migration did not end in time".into())),
-        }
-        let _ = connection.close().await;
-        let options = options.options(SESSION_SETTINGS);
+        let options = open::open(url).await?;
         Ok(Self {
             writers: Connections::new(options.clone(), WRITERS_MAX),
             readers: Connections::new(options, READERS_MAX),
@@ -158,45 +99,6 @@ impl PostgresStorage {
         rows.first().map(|row| Ok((column(row, "name")?, column(row, "storage_id")?))).transpose()
     }
 
-    async fn delete_bundles(
-        &self,
-        document: &DocumentId,
-        bundles: &[FoundBundle],
-    ) -> Result<(), StorageError> {
-        if bundles.is_empty() {
-            return Ok(());
-        }
-        let origins: Vec<&[u8]> = bundles.iter().map(|bundle| &bundle.origin[..]).collect();
-        let first_seqs: Vec<i64> = bundles.iter().map(|bundle| bundle.first_seq).collect();
-        let query = sqlx::query(DELETE_BUNDLES).bind(document.as_bytes()).bind(origins).bind(first_seqs);
-        self.execute(query).await.map(drop)
-    }
-
-    /// Rewrites a bundle without its covered changes; `false` if it is no longer what was found.
-    async fn shrink_bundle(
-        &self,
-        document: &DocumentId,
-        found: &FoundBundle,
-        covered: &HashSet<ChangeHash>,
-    ) -> Result<bool, StorageError> {
-        let read = sqlx::query(schema::READ_BUNDLE_CHANGES)
-            .bind(document.as_bytes())
-            .bind(&found.origin)
-            .bind(found.first_seq)
-            .bind(&found.hashes);
-        let rows = self.fetch_all(CALL_TIMEOUT, read).await?;
-        let Some(row) = rows.first() else { return Ok(false) };
-        let (hashes, changes) = without(&found.hashes, &bytes(row, "changes")?, covered)?;
-        let replace = sqlx::query(schema::REPLACE_BUNDLE)
-            .bind(document.as_bytes())
-            .bind(&found.origin)
-            .bind(found.first_seq)
-            .bind(&found.hashes)
-            .bind(hashes)
-            .bind(changes);
-        Ok(self.execute(replace).await?.rows_affected() == 1)
-    }
-
     async fn read_counter(&self, origin: OriginId, end: Seq) -> Result<FoundCounter, StorageError> {
         let query = sqlx::query(schema::READ_COUNTER).bind(&origin.0.as_bytes()[..]).bind(signed(end.0));
         let rows = self.fetch_all(CALL_TIMEOUT, query).await?;
@@ -228,27 +130,6 @@ fn may_pass(error: &dyn DatabaseError) -> bool {
 
 fn failed(error: sqlx::Error) -> StorageError {
     classify(error, may_pass)
-}
-
-/// Brings the schema up to date in one transaction under an advisory lock (clause 9).
-async fn migrate(connection: &mut PgConnection, mut migrator: Migrator) -> Result<(), StorageError> {
-    migrator.set_locking(false);
-    let mut transaction = connection.begin().await.map_err(failed)?;
-    sqlx::query("SELECT pg_advisory_xact_lock($1)")
-        .bind(MIGRATION_LOCK)
-        .execute(&mut *transaction)
-        .await
-        .map_err(failed)?;
-    let exists: bool = sqlx::query_scalar("SELECT to_regclass('_sqlx_migrations') IS NOT NULL")
-        .fetch_one(&mut *transaction)
-        .await
-        .map_err(failed)?;
-    if exists {
-        let newest = sqlx::query_scalar(schema::NEWEST_MIGRATION).fetch_one(&mut *transaction);
-        schema::refuse_newer(&migrator, newest.await.map_err(failed)?)?;
-    }
-    migrator.run(&mut *transaction).await.map_err(|error| classify_migration(error, may_pass))?;
-    transaction.commit().await.map_err(failed)
 }
 
 fn column<'r, T>(row: &'r PgRow, name: &str) -> Result<T, StorageError>
@@ -283,102 +164,6 @@ fn document_from_row(row: &PgRow) -> Result<StoredDocument, StorageError> {
         base,
         tail: Vec::new(),
     })
-}
-
-fn found_bundle(row: &PgRow) -> Result<FoundBundle, StorageError> {
-    Ok(FoundBundle {
-        origin: column(row, "origin")?,
-        first_seq: column(row, "first_seq")?,
-        hashes: column(row, "hashes")?,
-    })
-}
-
-/// The columns of many bundles, one array each.
-#[derive(Default)]
-struct BundleColumns<'a> {
-    documents: Vec<&'a [u8]>,
-    first_seqs: Vec<i64>,
-    hashes: Vec<Vec<u8>>,
-    changes: Vec<Vec<u8>>,
-}
-
-/// Splits bundles so that each part fits a statement; the first part may be the only one.
-fn bundle_columns(bundles: Vec<Bundle<'_>>) -> Vec<BundleColumns<'_>> {
-    let mut parts = vec![BundleColumns::default()];
-    let mut part_bytes = 0;
-    for bundle in bundles {
-        if part_bytes > 0 && part_bytes + bundle.changes.len() > STATEMENT_BYTES_MAX {
-            parts.push(BundleColumns::default());
-            part_bytes = 0;
-        }
-        part_bytes += bundle.changes.len();
-        let part = parts.last_mut().expect("there is a first part, and none is removed");
-        part.documents.push(bundle.document.as_bytes());
-        part.first_seqs.push(signed(bundle.first.0));
-        part.hashes.push(bundle.hashes);
-        part.changes.push(bundle.changes);
-    }
-    parts
-}
-
-/// The append statement with a batch's first bundles; whether it raised the counter.
-async fn append_first(
-    connection: &mut PgConnection,
-    origin: &ClaimedOrigin,
-    run: &LogRun,
-    bundles: &BundleColumns<'_>,
-    documents: &[&[u8]],
-) -> Result<bool, sqlx::Error> {
-    let row = sqlx::query(APPEND)
-        .bind(&origin.id.0.as_bytes()[..])
-        .bind(signed(run.last.0))
-        .bind(signed(run.first.0))
-        .bind(signed(origin.incarnation.0))
-        .bind(&run.entries)
-        .bind(origin.group.as_str())
-        .bind(schema::now_ms())
-        .bind(documents)
-        .bind(&bundles.documents)
-        .bind(&bundles.first_seqs)
-        .bind(&bundles.hashes)
-        .bind(&bundles.changes)
-        // Reads up to the server's being ready again. The row by itself says nothing: a transaction of one
-        // statement commits after its row was sent.
-        .fetch_all(connection)
-        .await?;
-    Ok(!row.is_empty())
-}
-
-/// Appends a batch in one statement, or in one transaction if it is too large for that; whether the counter was
-/// raised.
-async fn append_batch(
-    connection: &mut PgConnection,
-    origin: &ClaimedOrigin,
-    run: &LogRun,
-    batch: &[DocumentAppend],
-) -> Result<bool, sqlx::Error> {
-    let documents: Vec<&[u8]> = schema::documents(batch).into_iter().map(DocumentId::as_bytes).collect();
-    let parts = bundle_columns(bundle(run.first, batch));
-    let (first, more) = parts.split_first().expect("there is a first part");
-    if more.is_empty() {
-        return append_first(connection, origin, run, first, &documents).await;
-    }
-    let mut transaction = connection.begin().await?;
-    let raised = append_first(&mut transaction, origin, run, first, &documents).await?;
-    if raised {
-        for part in more {
-            sqlx::query(INSERT_BUNDLES)
-                .bind(&origin.id.0.as_bytes()[..])
-                .bind(&part.documents)
-                .bind(&part.first_seqs)
-                .bind(&part.hashes)
-                .bind(&part.changes)
-                .execute(&mut *transaction)
-                .await?;
-        }
-    }
-    transaction.commit().await?;
-    Ok(raised)
 }
 
 /// Replaces a base in one transaction; `false` if the one to be replaced is not there.
@@ -467,9 +252,9 @@ impl Storage for PostgresStorage {
         };
         let bytes: usize =
             batch.iter().flat_map(|append| &append.changes).map(|change| change.bytes.len()).sum();
-        let limit = if bytes > STATEMENT_BYTES_MAX { BULK_TIMEOUT } else { CALL_TIMEOUT };
+        let limit = if bytes > append::STATEMENT_BYTES_MAX { BULK_TIMEOUT } else { CALL_TIMEOUT };
         let mut lease = self.writers.lease().await?;
-        let work = append_batch(&mut lease.connection, origin, &run, batch);
+        let work = append::append_batch(&mut lease.connection, origin, &run, batch);
         let raised = self.writers.finish(limit, work).await?;
         lease.give_back();
         if raised {
@@ -523,21 +308,7 @@ impl Storage for PostgresStorage {
 
     async fn prune_changes(&self, document: &DocumentId, covered: &[ChangeHash]) -> Result<(), StorageError> {
         let covered: HashSet<ChangeHash> = covered.iter().copied().collect();
-        for _ in 0..PRUNE_ATTEMPTS_MAX {
-            let query = sqlx::query(schema::READ_BUNDLE_HASHES).bind(document.as_bytes());
-            let rows = self.fetch_all(BULK_TIMEOUT, query).await?;
-            let found: Result<Vec<FoundBundle>, StorageError> = rows.iter().map(found_bundle).collect();
-            let bundles = CoveredBundles::among(found?, &covered);
-            self.delete_bundles(document, &bundles.whole).await?;
-            let mut undisturbed = true;
-            for bundle in &bundles.part {
-                undisturbed &= self.shrink_bundle(document, bundle, &covered).await?;
-            }
-            if undisturbed {
-                return Ok(());
-            }
-        }
-        Err(prune_disturbed())
+        prune::prune(self, document, &covered).await
     }
 
     async fn finish_prune(&self, document: &DocumentId, generation: u64) -> Result<(), StorageError> {

@@ -8,6 +8,7 @@
 
 mod append;
 mod open;
+mod prune;
 mod rows;
 
 use std::collections::HashSet;
@@ -25,8 +26,7 @@ use tokio::sync::{MappedMutexGuard, Mutex, MutexGuard};
 use uuid::Uuid;
 
 use self::append::Appended;
-use self::rows::delete_bundles;
-use super::bundle::{CoveredBundles, FoundBundle, PRUNE_ATTEMPTS_MAX, Tail, prune_disturbed, without};
+use super::bundle::Tail;
 use super::failure::{clamped, classify, intact, signed, unsigned};
 use super::log_run::{FoundCounter, LogRun, gather, judge_refused};
 use super::schema::{self, state_columns, state_from_columns};
@@ -69,17 +69,6 @@ impl SqliteStorage {
 
     async fn writer(&self) -> Result<MappedMutexGuard<'_, SqliteConnection>, StorageError> {
         Ok(MappedMutexGuard::map(self.settled_writer().await?, |writer| &mut writer.connection))
-    }
-
-    async fn covered_bundles(
-        &self,
-        document: &DocumentId,
-        covered: &HashSet<ChangeHash>,
-    ) -> Result<CoveredBundles, StorageError> {
-        let query = sqlx::query(schema::READ_BUNDLE_HASHES).bind(document.as_bytes());
-        let rows = query.fetch_all(&self.readers).await.map_err(failed)?;
-        let found: Result<Vec<FoundBundle>, StorageError> = rows.iter().map(found_bundle).collect();
-        Ok(CoveredBundles::among(found?, covered))
     }
 
     async fn read_contents(
@@ -154,44 +143,6 @@ fn document_from_row(row: &SqliteRow) -> Result<StoredDocument, StorageError> {
         base,
         tail: Vec::new(),
     })
-}
-
-fn found_bundle(row: &SqliteRow) -> Result<FoundBundle, StorageError> {
-    Ok(FoundBundle {
-        origin: column(row, "origin")?,
-        first_seq: column(row, "first_seq")?,
-        hashes: column(row, "hashes")?,
-    })
-}
-
-/// Rewrites a bundle without its covered changes; `false` if it is no longer what was found.
-async fn shrink_bundle(
-    connection: &mut SqliteConnection,
-    document: &DocumentId,
-    found: &FoundBundle,
-    covered: &HashSet<ChangeHash>,
-) -> Result<bool, StorageError> {
-    let changes: Option<Vec<u8>> = sqlx::query_scalar(schema::READ_BUNDLE_CHANGES)
-        .bind(document.as_bytes())
-        .bind(&found.origin)
-        .bind(found.first_seq)
-        .bind(&found.hashes)
-        .fetch_optional(&mut *connection)
-        .await
-        .map_err(failed)?;
-    let Some(changes) = changes else { return Ok(false) };
-    let (hashes, changes) = without(&found.hashes, &changes.into(), covered)?;
-    let replaced = sqlx::query(schema::REPLACE_BUNDLE)
-        .bind(document.as_bytes())
-        .bind(&found.origin)
-        .bind(found.first_seq)
-        .bind(&found.hashes)
-        .bind(hashes)
-        .bind(changes)
-        .execute(connection)
-        .await
-        .map_err(failed)?;
-    Ok(replaced.rows_affected() == 1)
 }
 
 /// Finds out what an append met whose counter was elsewhere.
@@ -355,26 +306,7 @@ impl Storage for SqliteStorage {
 
     async fn prune_changes(&self, document: &DocumentId, covered: &[ChangeHash]) -> Result<(), StorageError> {
         let covered: HashSet<ChangeHash> = covered.iter().copied().collect();
-        for _ in 0..PRUNE_ATTEMPTS_MAX {
-            // Found outside the transaction, so that appends do not wait for it.
-            let bundles = self.covered_bundles(document, &covered).await?;
-            if bundles.whole.is_empty() && bundles.part.is_empty() {
-                return Ok(());
-            }
-            let mut writer = self.writer().await?;
-            let mut transaction = writer.begin_with("BEGIN IMMEDIATE").await.map_err(failed)?;
-            let whole = delete_bundles(&mut transaction, document.as_bytes(), &bundles.whole);
-            whole.await.map_err(failed)?;
-            let mut undisturbed = true;
-            for bundle in &bundles.part {
-                undisturbed &= shrink_bundle(&mut transaction, document, bundle, &covered).await?;
-            }
-            transaction.commit().await.map_err(failed)?;
-            if undisturbed {
-                return Ok(());
-            }
-        }
-        Err(prune_disturbed())
+        prune::prune(self, document, &covered).await
     }
 
     async fn finish_prune(&self, document: &DocumentId, generation: u64) -> Result<(), StorageError> {
