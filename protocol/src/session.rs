@@ -17,7 +17,8 @@
 //! Every message brings the peer to our heads, so each says `have = {last_sync: our heads, no filter}`: the peer then
 //! owes us exactly what is not an ancestor of them, and no Bloom filter is built. A peer that could not apply the
 //! message does not know these heads, answers with a reset, and is placed anew. The exception is a peer that
-//! ignores our changes (read-only): it is told the heads it has reported and a filter of the rest.
+//! ignores our changes (it is read-only, or keeps answering with the same): it is told the heads it has reported, and
+//! a filter of the rest if it needs one, so that it can still send what it has itself.
 //!
 //! # Quiet
 //!
@@ -133,8 +134,8 @@ impl SyncSession {
         }
         let placed = self.place != Place::Unknown;
         if placed && !brought_changes && graph.heads_are(&message.heads) {
-            // The answer to our message: both sides have the same and know it.
-            self.told = Some(graph.heads());
+            // The answer to our message, or it has our changes from elsewhere: both sides have the same and know it.
+            self.in_step(graph);
         } else if !staged_any {
             // New changes are answered when they are durable. An older answer that crossed our last message needs
             // none: what it lacks is on its way.
@@ -220,12 +221,17 @@ impl SyncSession {
     }
 
     fn mark_sent(&mut self, graph: &Graph) {
-        let end = graph.durable_end();
-        self.told = Some(graph.heads());
+        self.in_step(graph);
         self.unanswered = self.unanswered.saturating_add(1);
-        self.received.forget_before(end);
         self.peer.have = Vec::new();
         self.peer.need = Vec::new();
+    }
+
+    /// The peer has, or has been sent, all that is durable, and knows our heads.
+    fn in_step(&mut self, graph: &Graph) {
+        let end = graph.durable_end();
+        self.told = Some(graph.heads());
+        self.received.forget_before(end);
         self.place = Place::Synced(end);
     }
 
@@ -259,13 +265,12 @@ impl SyncSession {
             return Lacking::Everything;
         }
         let claimed = self.peer.have.iter().flat_map(|have| &have.last_sync);
-        // Heads that are not known may be new or may lie inside the base; the index is not loaded to find out. If the
-        // peer's last synchronised heads are not known either, it is sent everything, which is right in both cases.
-        let unknown_last_sync = claimed.clone().any(|hash| graph.position(hash).is_none());
+        // Heads that are not known may be new or may lie inside the base; the index is not loaded to find out. Unless
+        // the filter says that the peer has the base, it is sent everything, which is right in both cases.
         let known: Vec<u64> =
             self.peer.heads.iter().chain(claimed).filter_map(|hash| graph.position(hash)).collect();
         let filtered = |hash: &ChangeHash| self.peer.have.iter().any(|have| have.bloom.contains(hash));
-        if !graph.covers_base(&known) && (unknown_last_sync || !graph.base_heads().all(filtered)) {
+        if !graph.covers_base(&known) && !graph.base_heads().all(filtered) {
             return Lacking::Everything;
         }
         let mut lacking = Vec::new();
@@ -311,7 +316,9 @@ impl SyncSession {
     fn compose(&self, graph: &Graph, lacking: Lacking) -> Reply {
         let end = graph.durable_end();
         let need = if self.read_only { Vec::new() } else { graph.missing_from(&self.peer.heads) };
-        let plain = need.is_empty() && self.peer.v2 && !self.peer.read_only && !self.read_only;
+        // A peer that keeps answering with the same does not apply what we send, whatever it says.
+        let applies = !self.peer.read_only && self.fruitless_replies < 2;
+        let plain = need.is_empty() && self.peer.v2 && applies && !self.read_only;
         match &lacking {
             Lacking::Nothing if plain => return Reply::Span { from: end, to: end },
             Lacking::From(from) if plain => return Reply::Span { from: *from, to: end },
@@ -333,7 +340,7 @@ impl SyncSession {
             version: if self.peer.v2 { SyncVersion::V2 } else { SyncVersion::V1 },
             heads: graph.heads(),
             need,
-            have: vec![if self.peer.read_only { self.honest_have(graph) } else { have_all(graph) }],
+            have: vec![if applies { have_all(graph) } else { self.honest_have(graph) }],
             changes,
             flags: Some(flags),
         };

@@ -16,5 +16,7 @@ mod draft;
 mod frames;
 #[path = "decoders/hostile.rs"]
 mod hostile;
+#[path = "decoders/seeds.rs"]
+mod seeds;
 #[path = "decoders/sync_messages.rs"]
 mod sync_messages;

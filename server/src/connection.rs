@@ -140,6 +140,8 @@ pub struct Connection {
     /// The traffic at the last look.
     read_bytes: u64,
     written_bytes: u64,
+    /// Something waits in the outbox.
+    woken: bool,
     timer: Pin<Box<Sleep>>,
 }
 
@@ -204,6 +206,7 @@ impl Connection {
             silences: 0,
             read_bytes: 0,
             written_bytes: 0,
+            woken: false,
             timer: Box::pin(tokio::time::sleep(ping_after)),
         }
     }
@@ -213,16 +216,19 @@ impl Connection {
             let step = match self.event().await {
                 Ok(Event::Frame(message)) => self.receive(message).await,
                 Ok(Event::Timer) => self.tick(),
-                Ok(Event::Flushed | Event::Woken) => Ok(()),
+                Ok(Event::Flushed) => Ok(()),
+                Ok(Event::Woken) => {
+                    self.woken = true;
+                    match self.outbox.closing() {
+                        None => Ok(()),
+                        Some(Closing::Replaced) => return Ending::Replaced,
+                        Some(Closing::Drain) => return self.wind_down().await,
+                    }
+                }
                 Err(ending) => Err(ending),
             };
             if let Err(ending) = step {
                 return ending;
-            }
-            match self.outbox.closing() {
-                None => {}
-                Some(Closing::Replaced) => return Ending::Replaced,
-                Some(Closing::Drain) => return self.wind_down().await,
             }
             if !self.flushing
                 && let Err(ending) = self.fill().await
@@ -233,9 +239,6 @@ impl Connection {
     }
 
     async fn event(&mut self) -> Result<Event, Ending> {
-        let outbox = self.outbox.clone();
-        let woken = outbox.woken();
-        tokio::pin!(woken);
         std::future::poll_fn(|context| {
             // First, or a client that never stops sending would put deadlines off for ever.
             if self.timer.as_mut().poll(context).is_ready() {
@@ -244,7 +247,7 @@ impl Connection {
             if let Poll::Ready(event) = self.poll_socket(context) {
                 return Poll::Ready(event);
             }
-            woken.as_mut().poll(context).map(|()| Ok(Event::Woken))
+            self.outbox.poll_woken(context).map(|()| Ok(Event::Woken))
         })
         .await
     }
@@ -254,7 +257,9 @@ impl Connection {
             match Pin::new(&mut self.socket).poll_flush(context) {
                 Poll::Ready(Ok(())) => {
                     self.flushing = false;
-                    return Poll::Ready(Ok(Event::Flushed));
+                    if self.woken || !self.dirty.is_empty() {
+                        return Poll::Ready(Ok(Event::Flushed));
+                    }
                 }
                 Poll::Ready(Err(_)) => return Poll::Ready(Err(Ending::Gone)),
                 Poll::Pending => {}
@@ -386,6 +391,7 @@ impl Connection {
                     .map_err(|_| Ending::Gone)?;
                 self.flushing = false;
             }
+            self.woken = true;
             self.fill().await?;
             if !self.flushing {
                 return Ok(());

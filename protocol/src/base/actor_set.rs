@@ -65,7 +65,8 @@ impl ActorSet {
 
     #[must_use]
     pub fn union(&self, other: &Self) -> Self {
-        let mut runs: SmallVec<[Range<u32>; 1]> = SmallVec::with_capacity(self.runs.len().max(other.runs.len()));
+        let mut runs: SmallVec<[Range<u32>; 1]> =
+            SmallVec::with_capacity(self.runs.len().max(other.runs.len()));
         let (mut left, mut right) = (self.runs.iter().peekable(), other.runs.iter().peekable());
         while let Some(run) = match (left.peek(), right.peek()) {
             (Some(a), Some(b)) if a.start <= b.start => left.next(),

@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use automerge::sync::{BloomFilter, Message, MessageVersion, State, SyncDoc};
 use automerge::transaction::{CommitOptions, Transactable};
 use automerge::{ActorId, AutoCommit, ChangeHash, ObjType, ROOT, ReadDoc, ScalarValue, Value};
+use isobar_protocol::chunk::chunks;
 use isobar_protocol::session::SyncSession;
 
 use crate::rng::Rng;
@@ -30,9 +31,10 @@ pub struct Client {
     /// The server takes no changes from it.
     pub refused: bool,
     actors_made: u8,
-    /// Messages of each kind since the last [`Client::reset_counts`].
+    /// Messages, and changes in them, since the last [`Client::reset_counts`].
     pub sent: usize,
     pub received: usize,
+    pub changes_received: usize,
 }
 
 /// In which condition the sync state comes back at a reconnection.
@@ -59,6 +61,7 @@ impl Client {
             actors_made: 0,
             sent: 0,
             received: 0,
+            changes_received: 0,
         };
         client.new_actor();
         client
@@ -128,8 +131,11 @@ impl Client {
     pub fn toggle_read_only(&mut self) {
         self.read_only = !self.read_only;
         let read_only = self.read_only;
-        if let Some(link) = &mut self.link {
-            link.state.set_read_only(read_only);
+        match &mut self.link {
+            Some(link) if link.state.their_capabilities.is_some() => link.state.set_read_only(read_only),
+            // Automerge would report empty heads, to make a peer of unknown abilities send everything again. A server
+            // that has nothing takes this for a request, so change sides on a new connection.
+            _ => self.disconnect(),
         }
     }
 
@@ -157,7 +163,8 @@ impl Client {
         let Some(bytes) = link.to_server.pop_back() else { return };
         let mut message = Message::decode(&bytes).expect("our own message");
         if let Some(have) = message.have.first_mut() {
-            let mut held: Vec<ChangeHash> = self.doc.get_changes(&have.last_sync).iter().map(|it| it.hash()).collect();
+            let mut held: Vec<ChangeHash> =
+                self.doc.get_changes(&have.last_sync).iter().map(|it| it.hash()).collect();
             held.extend(server_hashes.iter().filter(|_| rng.chance(30)));
             have.bloom = BloomFilter::from_hashes(held.iter());
         }
@@ -196,6 +203,9 @@ impl Client {
         if self.v1 {
             message.flags = None;
         }
+        for entry in message.changes.iter() {
+            self.changes_received += chunks(entry.to_vec().into()).count();
+        }
         let heads = message.heads.clone();
         self.doc.sync().receive_sync_message(&mut link.state, message).expect("the server's message applies");
         self.received += 1;
@@ -205,6 +215,7 @@ impl Client {
     pub fn reset_counts(&mut self) {
         self.sent = 0;
         self.received = 0;
+        self.changes_received = 0;
     }
 
     /// Makes one change.
@@ -242,7 +253,9 @@ impl Client {
             0 => self.doc.put(ROOT, key, rng.next() as i64).expect("put"),
             1 => self.edit_text(rng),
             2 => self.count(rng),
-            3 if self.doc.get(ROOT, &key).expect("get").is_some() => self.doc.delete(ROOT, key).expect("delete"),
+            3 if self.doc.get(ROOT, &key).expect("get").is_some() => {
+                self.doc.delete(ROOT, key).expect("delete")
+            }
             4 => {
                 let map = self.doc.put_object(ROOT, key, ObjType::Map).expect("put map");
                 self.doc.put(&map, "x", 1).expect("put in map");

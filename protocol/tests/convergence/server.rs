@@ -63,7 +63,8 @@ impl Server {
             match chunk.kind {
                 ChunkKind::Document => {
                     let doc = Automerge::load(&chunk.bytes).expect("a client's document loads");
-                    let bytes = doc.get_changes(&[]).into_iter().map(|it| Bytes::from(it.raw_bytes().to_vec()));
+                    let bytes =
+                        doc.get_changes(&[]).into_iter().map(|it| Bytes::from(it.raw_bytes().to_vec()));
                     all.extend(bytes.map(|bytes| self.parse(bytes)));
                 }
                 _ => all.push(self.parse(chunk.bytes)),
@@ -165,7 +166,8 @@ impl Server {
 
     fn chunk_of(&self, cut: u64) -> Bytes {
         let changes = self.stored[..cut as usize].iter();
-        let changes = changes.map(|it| automerge::Change::from_bytes(it.bytes.to_vec()).expect("a stored change"));
+        let changes =
+            changes.map(|it| automerge::Change::from_bytes(it.bytes.to_vec()).expect("a stored change"));
         let mut doc = Automerge::new();
         doc.apply_changes(changes).expect("stored changes apply");
         doc.save().into()
@@ -207,8 +209,9 @@ impl Server {
     pub fn check(&self) {
         let mut doc = Automerge::new();
         let changes = self.stored.iter();
-        let changes: Vec<automerge::Change> =
-            changes.map(|it| automerge::Change::from_bytes(it.bytes.to_vec()).expect("a stored change")).collect();
+        let changes: Vec<automerge::Change> = changes
+            .map(|it| automerge::Change::from_bytes(it.bytes.to_vec()).expect("a stored change"))
+            .collect();
         doc.apply_changes(changes.clone()).expect("stored changes apply");
         let mut heads: Vec<ChangeHash> = doc.get_heads().iter().map(|head| ChangeHash(head.0)).collect();
         heads.sort_unstable();
