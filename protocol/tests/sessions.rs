@@ -180,6 +180,19 @@ fn changes_asked_for_by_name_are_sent_even_if_they_are_in_the_base() {
 }
 
 #[test]
+fn a_reader_whom_a_base_has_overtaken_gets_the_whole_document() {
+    let mut document = Document::new(2);
+    let (mut slow, mut quick) = (document.reader(), document.reader());
+    (0..4).for_each(|_| document.write());
+    assert_eq!(span(quick.generate(&document.graph)), (2, 6));
+    let (summary, _) = document.graph.summarise(4);
+    document.graph.rebase(summary);
+    document.write();
+    assert!(matches!(slow.generate(&document.graph), Some(Reply::Whole { to: 7 })));
+    assert_eq!(span(quick.generate(&document.graph)), (6, 7));
+}
+
+#[test]
 fn a_document_that_is_not_here_is_unavailable_once_and_sent_when_it_appears() {
     let mut document = Document::new(0);
     let mut reader = SyncSession::new(false);
