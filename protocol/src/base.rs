@@ -174,7 +174,7 @@ pub struct BaseEntry {
     pub parents: SmallVec<[u64; 2]>,
 }
 
-/// Every change of a base by hash and by position: about 40 bytes a change stored, 60 in memory.
+/// Every change of a base by hash and by position: about 40 bytes a change stored, 65 in memory.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct BaseIndex {
     hashes: Vec<ChangeHash>,
@@ -183,8 +183,13 @@ pub struct BaseIndex {
     /// `parents[parent_ends[i - 1]..parent_ends[i]]` are the dependencies of change `i`.
     parents: Vec<u64>,
     parent_ends: Vec<u32>,
+    // What follows is derived.
     /// Positions in the order of their hashes.
     by_hash: Vec<u32>,
+    /// Whether everything before a position is among its ancestors.
+    covers: Vec<bool>,
+    /// Where each author's first change stands.
+    first_positions: Vec<u64>,
 }
 
 impl BaseIndex {
@@ -198,14 +203,30 @@ impl BaseIndex {
             index.parents.extend_from_slice(&entry.parents);
             index.parent_ends.push(index.parents.len() as u32);
         }
-        index.sort();
+        index.derive();
         index
     }
 
-    fn sort(&mut self) {
+    fn derive(&mut self) {
         self.by_hash = (0..self.hashes.len() as u32).collect();
         let hashes = &self.hashes;
         self.by_hash.sort_unstable_by_key(|position| hashes[*position as usize]);
+        self.covers = Vec::with_capacity(self.len());
+        self.first_positions = Vec::new();
+        let mut is_head = vec![false; self.len()];
+        let mut head_count = 0_usize;
+        for position in 0..self.len() {
+            for parent in self.parents(position) {
+                head_count -= usize::from(std::mem::replace(&mut is_head[*parent as usize], false));
+            }
+            is_head[position] = true;
+            head_count += 1;
+            self.covers.push(head_count == 1);
+            // Authors are numbered in the order of their first change.
+            if self.actors[position] as usize == self.first_positions.len() {
+                self.first_positions.push(position as u64);
+            }
+        }
     }
 
     pub fn len(&self) -> usize {
@@ -218,7 +239,7 @@ impl BaseIndex {
 
     /// What it occupies in memory.
     pub fn resident_bytes(&self) -> usize {
-        self.hashes.len() * (32 + 4 + 8 + 4 + 4) + self.parents.len() * 8
+        self.hashes.len() * (32 + 4 + 8 + 4 + 4 + 1) + (self.parents.len() + self.first_positions.len()) * 8
     }
 
     pub fn position_of(&self, hash: &ChangeHash) -> Option<u64> {
@@ -236,24 +257,29 @@ impl BaseIndex {
         &self.parents[start..self.parent_ends[position] as usize]
     }
 
-    /// Walks everything that the `entries` (positions in the base) descend from, themselves included.
-    pub(crate) fn closure(&self, entries: &[u64]) -> BaseClosure {
-        let end = entries.iter().max().map_or(0, |last| *last as usize + 1);
-        let mut member = vec![false; end];
-        for entry in entries {
-            member[*entry as usize] = true;
-        }
+    /// What the `entries` (positions in the base) descend from, themselves included. Walks down until one change has
+    /// everything before it, so it takes as long as there are changes beside each other; `None` if more than `steps_max`.
+    pub(crate) fn closure(&self, entries: &[u64], steps_max: u64) -> Option<BaseClosure> {
+        let mut open: BTreeSet<u64> = entries.iter().copied().collect();
+        let mut closure = BaseClosure::default();
         let mut actors = BTreeSet::new();
-        // Parents stand before their children, so one pass from the end sees every child first.
-        for position in (0..end).rev() {
-            if member[position] {
-                actors.insert(self.actors[position]);
-                for parent in self.parents(position) {
-                    member[*parent as usize] = true;
-                }
+        // Parents stand before their children, so taking the last first sees every child before its parents.
+        while let Some(position) = open.pop_last() {
+            if self.covers[position as usize] {
+                closure.full_to = position + 1;
+                break;
             }
+            if closure.members.len() as u64 >= steps_max {
+                return None;
+            }
+            closure.members.push(position);
+            actors.insert(self.actors[position as usize]);
+            open.extend(self.parents(position as usize));
         }
-        BaseClosure { member, actors: actors.into_iter().collect() }
+        closure.members.reverse();
+        let count = self.first_positions.partition_point(|first| *first < closure.full_to);
+        closure.actors = ActorSet::first(count as u32).union(&actors.into_iter().collect());
+        Some(closure)
     }
 
     pub fn encode(&self) -> Bytes {
@@ -307,19 +333,29 @@ impl BaseIndex {
         if !input.is_empty() {
             return None;
         }
-        index.sort();
+        index.derive();
         Some(index)
     }
 }
 
 /// The part of a base that some changes descend from.
+#[derive(Debug, Default)]
 pub(crate) struct BaseClosure {
-    member: Vec<bool>,
+    /// Everything before this position is in it.
+    full_to: u64,
+    /// What else is in it, ascending.
+    members: Vec<u64>,
+    /// The authors in it.
     pub(crate) actors: ActorSet,
 }
 
 impl BaseClosure {
     pub(crate) fn contains(&self, position: u64) -> bool {
-        self.member.get(position as usize).is_some_and(|it| *it)
+        position < self.full_to || self.members.binary_search(&position).is_ok()
+    }
+
+    /// How many changes were looked at.
+    pub(crate) fn steps(&self) -> usize {
+        1 + self.members.len()
     }
 }

@@ -53,8 +53,8 @@ pub const START_OP_JUMP_MAX: u64 = 1_000_000;
 pub const MAX_OP_MAX: u64 = 1 << 31;
 
 /// Steps of looking through a document's history that each of its changes adds to what may be spent on it. Stock
-/// authors name their own last change and need none; one that edits the past needs as many as changes were made
-/// since. It keeps the work that a history costs in proportion to its length, however it is contrived.
+/// authors name their own last change and need none; others need as many as there are changes beside theirs. It
+/// keeps the work that a history costs in proportion to its length, however it is contrived.
 pub const ANCESTRY_STEPS_PER_CHANGE: u64 = 64;
 
 /// Most replies in a row to one client about one document that neither carry nor follow anything new. A standard
@@ -98,7 +98,7 @@ impl Default for Limits {
             document_ops_max: 20_000_000,
             pending_changes_max: 100_000,
             pending_bytes_max: 16 << 20,
-            ancestry_steps_max: 20_000_000,
+            ancestry_steps_max: 4_000_000,
         }
     }
 }

@@ -111,6 +111,8 @@ pub(crate) struct Node {
     pub(crate) bytes: Bytes,
     /// Of itself and its ancestors.
     past: Arc<Past>,
+    /// Whether everything before it, in tail and base, is among its ancestors.
+    covers_all: bool,
 }
 
 /// Where an author stands, staged changes included.
@@ -146,6 +148,8 @@ pub struct Graph {
     durable_end: u64,
     /// Hash and position of each durable head, by hash.
     heads: BTreeMap<ChangeHash, u64>,
+    /// Positions that nothing staged depends on.
+    staged_heads: HashSet<u64>,
     tail_bytes: usize,
     /// How many numbers the tail's [`Past`]s keep.
     past_size: usize,
@@ -165,6 +169,7 @@ impl Graph {
         let mut graph = Self {
             durable_end: base.change_count,
             heads: base.heads.iter().map(|head| (head.hash, head.position)).collect(),
+            staged_heads: base.heads.iter().map(|head| head.position).collect(),
             ..Self::default()
         };
         for actor in &base.actors {
@@ -431,6 +436,10 @@ impl Graph {
         state.last_position = position;
         self.tail_bytes += change.bytes.len();
         self.positions.insert(change.hash, position);
+        for parent in &parents {
+            self.staged_heads.remove(parent);
+        }
+        self.staged_heads.insert(position);
         self.nodes.push(Node {
             hash: change.hash,
             parents,
@@ -439,6 +448,7 @@ impl Graph {
             max_op,
             bytes: change.bytes,
             past,
+            covers_all: self.staged_heads.len() == 1,
         });
     }
 
@@ -531,6 +541,7 @@ impl Graph {
         for (offset, node) in self.nodes.iter().enumerate() {
             self.actors[node.actor as usize].last_position = self.base.change_count + offset as u64;
         }
+        self.staged_heads = self.heads.values().copied().collect();
         self.measure_pasts();
     }
 
@@ -641,22 +652,31 @@ impl Graph {
         (BaseSummary { change_count: cut, max_op, heads, actors }, entries)
     }
 
-    /// Takes `base` in the place of the old base and the tail before it. Positions stay what they were.
+    /// Takes `base` in the place of the old base and the tail before it. Positions stay what they were. Returns what is
+    /// no longer needed: to free the memory of many changes takes longer than all the rest, so let go of it when the
+    /// graph's lock is released.
     ///
     /// # Panics
     /// If the base covers less than the old one or more than is durable.
-    pub fn rebase(&mut self, base: BaseSummary) {
+    pub fn rebase(&mut self, base: BaseSummary) -> Retired {
         let cut = base.change_count;
         assert!(cut >= self.tail_start() && cut <= self.durable_end, "a base covers durable changes");
-        let covered = (cut - self.tail_start()) as usize;
-        for node in self.nodes.drain(..covered) {
-            self.positions.remove(&node.hash);
-            self.tail_bytes -= node.bytes.len();
+        let kept = self.nodes.split_off((cut - self.tail_start()) as usize);
+        let covered = std::mem::replace(&mut self.nodes, kept);
+        self.tail_bytes = self.nodes.iter().map(|node| node.bytes.len()).sum();
+        let mut retired = Retired { _positions: HashMap::new(), _index: self.index.take(), covered };
+        if retired.covered.len() > self.nodes.len() {
+            let kept = self.nodes.iter().zip(cut..).map(|(node, position)| (node.hash, position));
+            retired._positions = std::mem::replace(&mut self.positions, kept.collect());
+        } else {
+            for node in &retired.covered {
+                self.positions.remove(&node.hash);
+            }
         }
         self.set_base(base);
-        self.index = None;
         self.reach_base_anew();
         self.measure_pasts();
+        retired
     }
 
     /// Works out again how much of the base each change of the tail reaches, after the base has moved.
@@ -683,6 +703,14 @@ impl Graph {
             self.nodes[offset].past = past;
         }
     }
+}
+
+/// What a graph gave up for a base. Dropping it frees the memory; that is all it is for.
+#[derive(Debug)]
+pub struct Retired {
+    covered: Vec<Node>,
+    _positions: HashMap<ChangeHash, u64>,
+    _index: Option<Arc<BaseIndex>>,
 }
 
 /// What a change depends on, looked up.

@@ -134,8 +134,8 @@ impl SyncSession {
         }
         let placed = self.place != Place::Unknown;
         if placed && !brought_changes && graph.heads_are(&message.heads) {
-            // The answer to our message: both sides have the same and know it.
-            self.told = Some(graph.heads());
+            // The answer to our message, or it has our changes from elsewhere: both sides have the same and know it.
+            self.in_step(graph);
         } else if !staged_any {
             // New changes are answered when they are durable. An older answer that crossed our last message needs
             // none: what it lacks is on its way.
@@ -221,12 +221,17 @@ impl SyncSession {
     }
 
     fn mark_sent(&mut self, graph: &Graph) {
-        let end = graph.durable_end();
-        self.told = Some(graph.heads());
+        self.in_step(graph);
         self.unanswered = self.unanswered.saturating_add(1);
-        self.received.forget_before(end);
         self.peer.have = Vec::new();
         self.peer.need = Vec::new();
+    }
+
+    /// The peer has, or has been sent, all that is durable, and knows our heads.
+    fn in_step(&mut self, graph: &Graph) {
+        let end = graph.durable_end();
+        self.told = Some(graph.heads());
+        self.received.forget_before(end);
         self.place = Place::Synced(end);
     }
 
@@ -260,13 +265,12 @@ impl SyncSession {
             return Lacking::Everything;
         }
         let claimed = self.peer.have.iter().flat_map(|have| &have.last_sync);
-        // Heads that are not known may be new or may lie inside the base; the index is not loaded to find out. If the
-        // peer's last synchronised heads are not known either, it is sent everything, which is right in both cases.
-        let unknown_last_sync = claimed.clone().any(|hash| graph.position(hash).is_none());
+        // Heads that are not known may be new or may lie inside the base; the index is not loaded to find out. Unless
+        // the filter says that the peer has the base, it is sent everything, which is right in both cases.
         let known: Vec<u64> =
             self.peer.heads.iter().chain(claimed).filter_map(|hash| graph.position(hash)).collect();
         let filtered = |hash: &ChangeHash| self.peer.have.iter().any(|have| have.bloom.contains(hash));
-        if !graph.covers_base(&known) && (unknown_last_sync || !graph.base_heads().all(filtered)) {
+        if !graph.covers_base(&known) && !graph.base_heads().all(filtered) {
             return Lacking::Everything;
         }
         let mut lacking = Vec::new();

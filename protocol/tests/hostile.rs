@@ -39,7 +39,7 @@ pub struct History {
 }
 
 impl History {
-    pub fn new() -> Self {
+    pub fn written() -> Self {
         let a1 = Draft::new(ANNA, 1, 1, &[]);
         let b1 = Draft::new(BEN, 1, 2, &[&a1.change()]);
         let a2 = Draft::new(ANNA, 2, 3, &[&b1.change()]).with_ops(2);
@@ -157,7 +157,7 @@ impl Attacks {
 
 #[test]
 fn honest_changes_are_accepted_wherever_the_history_is() {
-    let history = History::new();
+    let history = History::written();
     let (a2, c1) = (&history.a2.change(), &history.c1.change());
     let honest = [
         Draft::new(ANNA, 3, 5, &[a2]),
@@ -180,7 +180,7 @@ fn honest_changes_are_accepted_wherever_the_history_is() {
 
 #[test]
 fn sequence_numbers_follow_each_other() {
-    let history = History::new();
+    let history = History::written();
     let attacks = Attacks::on(&history);
     assert_refused("seq gap", &history, &attacks.seq_gap, Refusal::SeqGap { last: 2, found: 4 });
     let expected = Refusal::SeqGap { last: 0, found: 2 };
@@ -190,7 +190,7 @@ fn sequence_numbers_follow_each_other() {
 
 #[test]
 fn an_author_builds_on_their_own_last_change() {
-    let history = History::new();
+    let history = History::written();
     let attack = Attacks::on(&history).previous_not_ancestor;
     assert_refused("previous", &history, &attack, Refusal::PreviousNotAncestor);
     let rootless = Draft::new(ANNA, 3, 1, &[]);
@@ -199,7 +199,7 @@ fn an_author_builds_on_their_own_last_change() {
 
 #[test]
 fn operations_name_authors_among_the_ancestors() {
-    let history = History::new();
+    let history = History::written();
     let attacks = Attacks::on(&history);
     assert_refused("nobody", &history, &attacks.actor_of_nobody, Refusal::UnknownActor);
     assert_refused("other branch", &history, &attacks.actor_of_another_branch, Refusal::UnknownActor);
@@ -207,7 +207,7 @@ fn operations_name_authors_among_the_ancestors() {
 
 #[test]
 fn operations_start_just_above_the_dependencies() {
-    let history = History::new();
+    let history = History::written();
     let attacks = Attacks::on(&history);
     let low = Refusal::StartOpTooLow { start_op: 4, reached: 4 };
     assert_refused("low", &history, &attacks.start_op_of_a_dependency, low);

@@ -102,8 +102,16 @@ struct Subscription {
     last_sent: Instant,
     /// Set while more changes are gathered.
     held: bool,
+    /// Stands in the connection's `dirty`.
+    dirty: bool,
     /// The heads that were last reported to a client that watches this region's storage.
     reported: Vec<ChangeHash>,
+}
+
+impl Drop for Subscription {
+    fn drop(&mut self) {
+        self.document.unsubscribe(self.key);
+    }
 }
 
 /// See the module.
@@ -114,7 +122,10 @@ pub struct Connection {
     outbox: Arc<Outbox>,
     subscriptions: Vec<Subscription>,
     slots: HashMap<DocumentId, Slot>,
+    /// Subscriptions that may have something to say, each once.
     dirty: Vec<Slot>,
+    /// Empty between uses; it keeps its memory.
+    marked: Vec<Slot>,
     held: Vec<(Instant, Slot)>,
     uncommitted: ByteBudget,
     watched: Watched,
@@ -145,11 +156,12 @@ impl Connection {
             Err(ending) => (None, socket, ending),
             Ok((peer, metadata)) => {
                 let outbox = Arc::new(Outbox::default());
-                let number = node.sessions.enter(&peer, &outbox);
+                let entered = Entered::new(&node, &peer, &outbox);
                 let mut connection = Self::new(node.clone(), socket, peer.clone(), outbox, &metadata);
                 let ending = connection.run().await;
-                let socket = connection.leave();
-                node.sessions.leave(&peer, number);
+                // Ends the subscriptions.
+                let Self { socket, .. } = connection;
+                drop(entered);
                 (Some(peer), socket, ending)
             }
         };
@@ -174,6 +186,7 @@ impl Connection {
             subscriptions: Vec::new(),
             slots: HashMap::new(),
             dirty: Vec::new(),
+            marked: Vec::new(),
             held: Vec::new(),
             uncommitted: ByteBudget::new(UNCOMMITTED_BYTES_MAX),
             ephemerals: TokenBucket::full(now),
@@ -295,7 +308,15 @@ impl Connection {
         let (released, held) = std::mem::take(&mut self.held).into_iter().partition(|(at, _)| *at <= now);
         self.held = held;
         let released: Vec<(Instant, Slot)> = released;
-        self.dirty.extend(released.into_iter().map(|(_, slot)| slot));
+        released.into_iter().for_each(|(_, slot)| self.mark(slot));
+    }
+
+    /// Notes that a subscription may have something to say. Once: a client that sends and does not read would have the
+    /// list grow.
+    fn mark(&mut self, slot: Slot) {
+        if !std::mem::replace(&mut self.subscriptions[slot.0 as usize].dirty, true) {
+            self.dirty.push(slot);
+        }
     }
 
     /// The subscription to a document, made if there is none.
@@ -323,6 +344,7 @@ impl Connection {
             session,
             last_sent: now - GATHER,
             held: false,
+            dirty: false,
             reported: Vec::new(),
         });
         self.watch_others(slot);
@@ -332,6 +354,10 @@ impl Connection {
     /// Lets what is being committed finish and be acknowledged, then ends.
     async fn wind_down(&mut self) -> Ending {
         let patience = self.node.settings.drain() / 4;
+        // What was held back in order to gather more goes out now.
+        self.answers_each = false;
+        let held = std::mem::take(&mut self.held);
+        held.into_iter().for_each(|(_, slot)| self.mark(slot));
         let _ = tokio::time::timeout(patience, async {
             let _committed = self.uncommitted.acquire(UNCOMMITTED_BYTES_MAX).await;
             self.acknowledge_all().await
@@ -354,12 +380,29 @@ impl Connection {
             }
         }
     }
+}
 
-    fn leave(self) -> WebSocket {
-        for subscription in self.subscriptions {
-            subscription.document.unsubscribe(subscription.key);
+/// The connection's place among the joined ones; it is left with the value.
+struct Entered {
+    node: Arc<Node>,
+    peer: PeerId,
+    number: u64,
+}
+
+impl Entered {
+    fn new(node: &Arc<Node>, peer: &PeerId, outbox: &Arc<Outbox>) -> Self {
+        let number = node.sessions.enter(peer, outbox);
+        if node.is_draining() {
+            // It joined after those who are here were told to go.
+            outbox.close(Closing::Drain);
         }
-        self.socket
+        Self { node: node.clone(), peer: peer.clone(), number }
+    }
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        self.node.sessions.leave(&self.peer, self.number);
     }
 }
 

@@ -10,6 +10,7 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use crate::connection::Connection;
 use crate::node::Node;
@@ -91,10 +92,27 @@ async fn client(State(shared): State<Shared>, request: Request) -> Response {
         .max_message_size(node.settings.frame_bytes_max)
         .max_frame_size(node.settings.frame_bytes_max)
         .on_upgrade(async move |socket| {
-            node.metrics.connections.increment(1.0);
-            node.metrics.connections_opened.increment(1);
-            Box::pin(Connection::serve(node.clone(), socket)).await;
-            node.metrics.connections.decrement(1.0);
-            drop(token);
+            let _open = Open::new(node.clone(), token);
+            Box::pin(Connection::serve(node, socket)).await;
         })
+}
+
+/// An open connection, counted until the value is dropped.
+struct Open {
+    node: Arc<Node>,
+    _token: TaskTrackerToken,
+}
+
+impl Open {
+    fn new(node: Arc<Node>, token: TaskTrackerToken) -> Self {
+        node.metrics.connections.increment(1.0);
+        node.metrics.connections_opened.increment(1);
+        Self { node, _token: token }
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.node.metrics.connections.decrement(1.0);
+    }
 }

@@ -41,7 +41,7 @@ pub enum LossyFrame {
 impl LossyFrame {
     fn bytes(&self) -> usize {
         match self {
-            LossyFrame::Ephemeral(it) => it.data.len() + 256,
+            LossyFrame::Ephemeral(it) => it.data.len() + it.session.len() + 256,
             LossyFrame::RemoteHeads { heads, .. } => heads.heads.len() * 64 + 256,
         }
     }
@@ -81,6 +81,10 @@ impl Outbox {
 
     /// Queues a frame; returns how many older ones were dropped to make room.
     pub fn push(&self, frame: LossyFrame) -> u64 {
+        if frame.bytes() > FRAME_BYTES_MAX {
+            // It shall not push everybody else's out before it is dropped itself.
+            return 1;
+        }
         let mut dropped = 0;
         {
             let mut waiting = self.waiting.lock();
@@ -113,9 +117,9 @@ impl Outbox {
     }
 
     /// Takes all that waits; the vector is reused.
-    pub fn take(&self, dirty: &mut Vec<Slot>) -> VecDeque<LossyFrame> {
+    pub fn take(&self, marked: &mut Vec<Slot>) -> VecDeque<LossyFrame> {
         let mut waiting = self.waiting.lock();
-        dirty.append(&mut waiting.dirty);
+        marked.append(&mut waiting.dirty);
         waiting.frame_bytes = 0;
         std::mem::take(&mut waiting.frames)
     }

@@ -1,13 +1,13 @@
 //! Questions about ancestry, answered by walking positions downwards.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 
 use smallvec::SmallVec;
 
 use super::past::{Past, Reach, Steps};
 use super::{Graph, Refusal};
-use crate::base::ActorSet;
+use crate::base::{ActorSet, BaseClosure, BaseIndex};
 
 /// Positions from `floor` on that a walk has come by.
 struct Visited {
@@ -64,9 +64,9 @@ impl Graph {
         // What lies inside the base adds nothing to what has all of it.
         if !inside.is_empty() && past.as_ref().is_none_or(|past| past.reach != Reach::Whole) {
             let Some(index) = &self.index else { return Ok(None) };
-            steps.spend(index.len())?;
-            let actors = index.closure(&inside).actors;
-            let one = Arc::new(Past { actors, reach: self.reach_from(inside.iter().copied()) });
+            let closure = closure(index, &inside, steps)?;
+            let one =
+                Arc::new(Past { actors: closure.actors, reach: self.reach_from(inside.iter().copied()) });
             max_op = inside.iter().fold(max_op, |reached, it| reached.max(index.max_op(*it)));
             past = Some(match past {
                 Some(past) => self.merge(past, &one, steps)?,
@@ -99,24 +99,23 @@ impl Graph {
             return Ok(Some(true));
         }
         let Some(index) = &self.index else { return Ok(None) };
-        steps.spend(index.len())?;
-        Ok(Some(index.closure(entries).contains(target)))
+        Ok(Some(closure(index, entries, steps)?.contains(target)))
     }
 
     /// Walks from `parents` down to the `target` in the tail.
     fn reaches(&self, parents: &[u64], target: u64, steps: &mut Steps) -> Result<bool, Refusal> {
-        let mut visited = Visited::new(target, parents);
-        steps.spend(visited.marks.len() / 64)?;
-        let mut stack: SmallVec<[u64; 8]> = SmallVec::from_slice(parents);
-        while let Some(position) = stack.pop() {
-            if position == target {
+        // The last first: the walk ends where one of them has everything before it.
+        let mut open: BTreeSet<u64> = parents.iter().copied().collect();
+        while let Some(position) = open.pop_last() {
+            if position <= target {
+                return Ok(position == target);
+            }
+            let Some(node) = self.node(position) else { return Ok(false) };
+            if node.covers_all {
                 return Ok(true);
             }
-            if visited.insert(position) {
-                let parents = self.parents(position);
-                steps.spend(1 + parents.len())?;
-                stack.extend_from_slice(parents);
-            }
+            steps.spend(1 + node.parents.len())?;
+            open.extend(&node.parents);
         }
         Ok(false)
     }
@@ -171,4 +170,10 @@ impl Graph {
     pub(crate) fn parents(&self, position: u64) -> &[u64] {
         self.node(position).map_or(&[], |node| &node.parents)
     }
+}
+
+fn closure(index: &BaseIndex, entries: &[u64], steps: &mut Steps) -> Result<BaseClosure, Refusal> {
+    let closure = index.closure(entries, steps.left());
+    steps.spend(closure.as_ref().map_or(usize::MAX, BaseClosure::steps))?;
+    closure.ok_or(Refusal::TooTangled)
 }

@@ -39,22 +39,22 @@ fn run(cases: u64, weather: Weather) {
 
 #[test]
 fn peers_converge_in_calm_weather() {
-    run(800, CALM);
+    run(400, CALM);
 }
 
 #[test]
 fn peers_converge_over_lost_connections_and_failed_commits() {
-    run(800, Weather { disconnects: 6, failed_commits: 3, merges: 3, restarts: 2, ..CALM });
+    run(400, Weather { disconnects: 6, failed_commits: 3, merges: 3, restarts: 2, ..CALM });
 }
 
 #[test]
 fn old_peers_converge_and_get_only_single_changes() {
-    run(600, Weather { v1: 60, disconnects: 4, merges: 2, false_positives: 5, ..CALM });
+    run(400, Weather { v1: 60, disconnects: 4, merges: 2, false_positives: 5, ..CALM });
 }
 
 #[test]
 fn peers_that_lose_their_data_get_it_again() {
-    run(800, Weather { losses: 6, disconnects: 3, merges: 2, v1: 20, ..CALM });
+    run(400, Weather { losses: 6, disconnects: 3, merges: 2, v1: 20, ..CALM });
 }
 
 #[test]
@@ -67,12 +67,12 @@ fn changes_before_their_dependencies_are_completed() {
 
 #[test]
 fn read_only_peers_neither_take_nor_lose() {
-    run(600, Weather { read_only: 10, disconnects: 4, merges: 2, ..CALM });
+    run(400, Weather { read_only: 10, v1: 15, disconnects: 4, merges: 2, ..CALM });
 }
 
 #[test]
 fn bases_are_made_looked_into_and_sent() {
-    run(800, Weather { bases: 12, disconnects: 5, merges: 3, losses: 3, v1: 20, ..CALM });
+    run(400, Weather { bases: 12, disconnects: 5, merges: 3, losses: 3, v1: 20, ..CALM });
 }
 
 #[test]
@@ -91,5 +91,5 @@ fn peers_converge_when_everything_happens() {
         bases: 6,
         restarts: 2,
     };
-    run(800, all);
+    run(400, all);
 }

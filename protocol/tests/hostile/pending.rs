@@ -16,7 +16,7 @@ fn orphans(count: u8) -> (Draft, Vec<Draft>) {
 
 #[test]
 fn a_flood_of_orphans_fills_its_bounds_and_no_more() {
-    let history = History::new();
+    let history = History::written();
     let (missing, orphans) = orphans(20);
     let few = Limits { pending_changes_max: 10, ..Limits::default() };
     let small = Limits { pending_bytes_max: 5_000, ..Limits::default() };
@@ -38,7 +38,7 @@ fn a_flood_of_orphans_fills_its_bounds_and_no_more() {
 
 #[test]
 fn what_waits_for_a_refused_change_is_forgotten() {
-    let history = History::new();
+    let history = History::written();
     for attack in [Attacks::on(&history).seq_gap, Attacks::on(&history).start_op_of_a_dependency] {
         let mut keeper = Keeper::new(&history, Kept::InTail);
         let child = Draft::new(20, 1, 9, &[&attack.change(), &history.a1.change()]);
@@ -54,7 +54,7 @@ fn what_waits_for_a_refused_change_is_forgotten() {
 
 #[test]
 fn a_change_that_breaks_a_rule_when_it_is_complete_is_forgotten_with_what_waits_for_it() {
-    let history = History::new();
+    let history = History::written();
     let mut keeper = Keeper::new(&history, Kept::InTail);
     let missing = Draft::new(EVE, 1, 5, &[&history.a2.change()]);
     let bad = Draft::new(ANNA, 9, 6, &[&missing.change()]);
@@ -71,7 +71,7 @@ fn a_change_that_breaks_a_rule_when_it_is_complete_is_forgotten_with_what_waits_
 
 #[test]
 fn a_change_that_waits_for_many_waits_for_each_of_them() {
-    let history = History::new();
+    let history = History::written();
     let mut keeper = Keeper::new(&history, Kept::InTail);
     let parts: Vec<Draft> = (0..50).map(|number| Draft::new(100 + number, 1, 1, &[])).collect();
     let changes: Vec<_> = parts.iter().map(Draft::change).collect();

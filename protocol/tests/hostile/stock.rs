@@ -24,7 +24,7 @@ fn panics(document: &Automerge, attack: &Draft) -> bool {
 
 #[test]
 fn the_honest_history_saves_and_loads() {
-    let history = History::new();
+    let history = History::written();
     let mut document = applied(&history.all());
     let next = Draft::new(EVE, 1, 5, &[&history.a2.change()]).overwriting(crate::BEN, 2);
     assert!(!panics(&document, &next));
@@ -34,7 +34,7 @@ fn the_honest_history_saves_and_loads() {
 
 #[test]
 fn gaps_in_the_sequence_make_stock_peers_panic() {
-    let history = History::new();
+    let history = History::written();
     let (document, attacks) = (applied(&history.all()), Attacks::on(&history));
     assert!(panics(&document, &attacks.seq_gap));
     assert!(panics(&document, &attacks.first_seq_is_not_one));
@@ -42,7 +42,7 @@ fn gaps_in_the_sequence_make_stock_peers_panic() {
 
 #[test]
 fn unknown_authors_make_stock_peers_panic() {
-    let history = History::new();
+    let history = History::written();
     let attacks = Attacks::on(&history);
     assert!(panics(&applied(&history.all()), &attacks.actor_of_nobody));
     // One that another branch has is known to a peer that has that branch, and crashes one that has not.
@@ -52,7 +52,7 @@ fn unknown_authors_make_stock_peers_panic() {
 
 #[test]
 fn a_successor_that_does_not_descend_makes_a_stock_peer_panic_that_gets_it_first() {
-    let history = History::new();
+    let history = History::written();
     let attack = Attacks::on(&history).previous_not_ancestor;
     assert!(!panics(&applied(&history.all()), &attack));
     assert!(panics(&applied(&[&history.a1, &history.c1]), &attack));
@@ -60,7 +60,7 @@ fn a_successor_that_does_not_descend_makes_a_stock_peer_panic_that_gets_it_first
 
 #[test]
 fn low_counters_make_a_document_that_never_loads_again() {
-    let history = History::new();
+    let history = History::written();
     let mut document = applied(&history.all());
     document.apply_changes([Attacks::on(&history).start_op_of_a_dependency.stock()]).expect("it is accepted");
     let saved = document.save();
@@ -69,7 +69,7 @@ fn low_counters_make_a_document_that_never_loads_again() {
 
 #[test]
 fn a_number_used_twice_is_an_error_to_stock_peers() {
-    let history = History::new();
+    let history = History::written();
     let mut document = applied(&history.all());
     document.apply_changes([Attacks::on(&history).seq_reused.stock()]).expect_err("an error each time");
 }
