@@ -133,6 +133,8 @@ pub struct Connection {
     answers_each: bool,
     ephemerals: TokenBucket,
     flushing: bool,
+    /// Something waits in the outbox.
+    woken: bool,
     last_heard: Instant,
     last_written: Instant,
     timer: Pin<Box<Sleep>>,
@@ -191,6 +193,7 @@ impl Connection {
             uncommitted: ByteBudget::new(UNCOMMITTED_BYTES_MAX),
             ephemerals: TokenBucket::full(now),
             flushing: false,
+            woken: false,
             last_heard: now,
             last_written: now,
             timer: Box::pin(tokio::time::sleep(PING_AFTER)),
@@ -202,16 +205,19 @@ impl Connection {
             let step = match self.event().await {
                 Ok(Event::Frame(message)) => self.receive(message).await,
                 Ok(Event::Timer) => self.tick(),
-                Ok(Event::Flushed | Event::Woken) => Ok(()),
+                Ok(Event::Flushed) => Ok(()),
+                Ok(Event::Woken) => {
+                    self.woken = true;
+                    match self.outbox.closing() {
+                        None => Ok(()),
+                        Some(Closing::Replaced) => return Ending::Replaced,
+                        Some(Closing::Drain) => return self.wind_down().await,
+                    }
+                }
                 Err(ending) => Err(ending),
             };
             if let Err(ending) = step {
                 return ending;
-            }
-            match self.outbox.closing() {
-                None => {}
-                Some(Closing::Replaced) => return Ending::Replaced,
-                Some(Closing::Drain) => return self.wind_down().await,
             }
             if !self.flushing
                 && let Err(ending) = self.fill().await
@@ -222,14 +228,11 @@ impl Connection {
     }
 
     async fn event(&mut self) -> Result<Event, Ending> {
-        let outbox = self.outbox.clone();
-        let woken = outbox.woken();
-        tokio::pin!(woken);
         std::future::poll_fn(|context| {
             if let Poll::Ready(event) = self.poll_socket(context) {
                 return Poll::Ready(event);
             }
-            if woken.as_mut().poll(context).is_ready() {
+            if self.outbox.poll_woken(context).is_ready() {
                 return Poll::Ready(Ok(Event::Woken));
             }
             self.timer.as_mut().poll(context).map(|()| Ok(Event::Timer))
@@ -243,7 +246,9 @@ impl Connection {
                 Poll::Ready(Ok(())) => {
                     self.flushing = false;
                     self.last_written = Instant::now();
-                    return Poll::Ready(Ok(Event::Flushed));
+                    if self.woken || !self.dirty.is_empty() {
+                        return Poll::Ready(Ok(Event::Flushed));
+                    }
                 }
                 Poll::Ready(Err(_)) => return Poll::Ready(Err(Ending::Gone)),
                 Poll::Pending => {}
@@ -374,6 +379,7 @@ impl Connection {
                     .map_err(|_| Ending::Gone)?;
                 self.flushing = false;
             }
+            self.woken = true;
             self.fill().await?;
             if !self.flushing {
                 return Ok(());
