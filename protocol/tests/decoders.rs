@@ -10,6 +10,8 @@ mod authors;
 mod changes;
 #[path = "decoders/chunk_census.rs"]
 mod chunk_census;
+#[path = "decoders/draft.rs"]
+mod draft;
 #[path = "decoders/frames.rs"]
 mod frames;
 #[path = "decoders/hostile.rs"]

@@ -22,7 +22,7 @@ use isobar_protocol::wire::{
 };
 
 use crate::authors::follow;
-use crate::changes::sealed_as;
+use crate::draft::sealed_as;
 
 fn folder(target: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds").join(target)
