@@ -39,13 +39,16 @@ CREATE TABLE documents (
     created_at      bigint NOT NULL
 );
 
--- Each change of each document once: what the document's base does not cover, and until it is pruned what the
--- base covers.
+-- The changes of each document: what its base does not cover, and until it is pruned what the base covers. One row
+-- per document and append, packed as server/src/storage/bundle.rs describes; `first_seq` is the log entry of
+-- its first change.
 CREATE TABLE changes (
     document_id bytea NOT NULL,
-    change_hash bytea NOT NULL,
-    bytes       bytea NOT NULL,
-    PRIMARY KEY (document_id, change_hash)
+    origin      bytea NOT NULL,
+    first_seq   bigint NOT NULL,
+    hashes      bytea NOT NULL,
+    changes     bytea NOT NULL,
+    PRIMARY KEY (document_id, origin, first_seq)
 );
 
 -- What is read whenever a document is loaded. The large parts stand in a table of their own, so that neither a
@@ -67,5 +70,9 @@ CREATE TABLE base_contents (
 
 -- Hashes do not compress, and Automerge has compressed changes and chunks that are worth it.
 ALTER TABLE log ALTER COLUMN entries SET STORAGE EXTERNAL;
-ALTER TABLE changes ALTER COLUMN bytes SET STORAGE EXTERNAL;
+ALTER TABLE changes ALTER COLUMN hashes SET STORAGE EXTERNAL, ALTER COLUMN changes SET STORAGE EXTERNAL;
 ALTER TABLE base_contents ALTER COLUMN chunk SET STORAGE EXTERNAL;
+
+-- Rows up to a page stay in the page: moving a column out costs an index entry for each 2 KiB of it.
+ALTER TABLE log SET (toast_tuple_target = 8160);
+ALTER TABLE changes SET (toast_tuple_target = 8160);

@@ -38,13 +38,16 @@ CREATE TABLE documents (
     created_at      INTEGER NOT NULL
 ) WITHOUT ROWID;
 
--- Each change of each document once: what the document's base does not cover, and until it is pruned what the
--- base covers.
+-- The changes of each document: what its base does not cover, and until it is pruned what the base covers. One row
+-- per document and append, packed as server/src/storage/bundle.rs describes; `first_seq` is the log entry of
+-- its first change.
 CREATE TABLE changes (
     document_id BLOB NOT NULL,
-    change_hash BLOB NOT NULL,
-    bytes       BLOB NOT NULL,
-    PRIMARY KEY (document_id, change_hash)
+    origin      BLOB NOT NULL,
+    first_seq   INTEGER NOT NULL,
+    hashes      BLOB NOT NULL,
+    changes     BLOB NOT NULL,
+    PRIMARY KEY (document_id, origin, first_seq)
 ) WITHOUT ROWID;
 
 -- What is read whenever a document is loaded. The large parts stand in a table of their own, so that neither a

@@ -11,10 +11,16 @@
 //! Both have an encoding of their own for storage: little-endian integers behind a version byte. It is read back
 //! only by the program that wrote it or a newer one, but a damaged one is an error, never a panic.
 
+use std::collections::BTreeSet;
+
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use smallvec::SmallVec;
 
 use crate::ids::{ActorId, ChangeHash};
+
+mod actor_set;
+
+pub use actor_set::ActorSet;
 
 const SUMMARY_VERSION: u8 = 1;
 const INDEX_VERSION: u8 = 1;
@@ -32,8 +38,8 @@ pub struct BaseHead {
     pub hash: ChangeHash,
     pub position: u64,
     pub max_op: u64,
-    /// The authors among the head and its ancestors, as indexes into [`BaseSummary::actors`], ascending.
-    pub actors: Vec<u32>,
+    /// The authors among the head and its ancestors, as indexes into [`BaseSummary::actors`].
+    pub actors: ActorSet,
 }
 
 /// Where an author stands at the end of the base.
@@ -42,6 +48,8 @@ pub struct BaseActor {
     pub id: ActorId,
     pub last_seq: u64,
     pub last_position: u64,
+    /// Stock authors name their own last change as a dependency, so that this one is asked for without the index.
+    pub last_hash: ChangeHash,
 }
 
 /// The facts of a base that every change after it is checked against.
@@ -65,15 +73,17 @@ impl BaseSummary {
             out.put_slice(actor.id.as_bytes());
             out.put_u64_le(actor.last_seq);
             out.put_u64_le(actor.last_position);
+            out.put_slice(actor.last_hash.as_bytes());
         }
         out.put_u32_le(self.heads.len() as u32);
         for head in &self.heads {
             out.put_slice(head.hash.as_bytes());
             out.put_u64_le(head.position);
             out.put_u64_le(head.max_op);
-            out.put_u32_le(head.actors.len() as u32);
-            for actor in &head.actors {
-                out.put_u32_le(*actor);
+            out.put_u32_le(head.actors.run_count() as u32);
+            for run in head.actors.runs() {
+                out.put_u32_le(run.start);
+                out.put_u32_le(run.end);
             }
         }
         out.freeze()
@@ -109,7 +119,8 @@ impl BaseSummary {
         let id = ActorId::from_slice(id).ok()?;
         let last_seq = input.try_get_u64_le().ok()?;
         let last_position = input.try_get_u64_le().ok()?;
-        Some(BaseActor { id, last_seq, last_position })
+        let last_hash = read_hash(input)?;
+        Some(BaseActor { id, last_seq, last_position, last_hash })
     }
 
     fn read_head(input: &mut &[u8], actor_count: u32) -> Option<BaseHead> {
@@ -117,14 +128,11 @@ impl BaseSummary {
         let position = input.try_get_u64_le().ok()?;
         let max_op = input.try_get_u64_le().ok()?;
         let count = input.try_get_u32_le().ok()?;
-        let mut actors = Vec::new();
+        let mut runs = Vec::new();
         for _ in 0..count {
-            let actor = input.try_get_u32_le().ok()?;
-            if actor >= actor_count {
-                return None;
-            }
-            actors.push(actor);
+            runs.push(input.try_get_u32_le().ok()?..input.try_get_u32_le().ok()?);
         }
+        let actors = ActorSet::from_runs(runs.into_iter(), actor_count)?;
         Some(BaseHead { hash, position, max_op, actors })
     }
 }
@@ -166,7 +174,7 @@ pub struct BaseEntry {
     pub parents: SmallVec<[u64; 2]>,
 }
 
-/// Every change of a base by hash and by position: about 40 bytes a change stored, 60 in memory.
+/// Every change of a base by hash and by position: about 40 bytes a change stored, 65 in memory.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct BaseIndex {
     hashes: Vec<ChangeHash>,
@@ -175,8 +183,13 @@ pub struct BaseIndex {
     /// `parents[parent_ends[i - 1]..parent_ends[i]]` are the dependencies of change `i`.
     parents: Vec<u64>,
     parent_ends: Vec<u32>,
+    // What follows is derived.
     /// Positions in the order of their hashes.
     by_hash: Vec<u32>,
+    /// Whether everything before a position is among its ancestors.
+    covers: Vec<bool>,
+    /// Where each author's first change stands.
+    first_positions: Vec<u64>,
 }
 
 impl BaseIndex {
@@ -190,14 +203,30 @@ impl BaseIndex {
             index.parents.extend_from_slice(&entry.parents);
             index.parent_ends.push(index.parents.len() as u32);
         }
-        index.sort();
+        index.derive();
         index
     }
 
-    fn sort(&mut self) {
+    fn derive(&mut self) {
         self.by_hash = (0..self.hashes.len() as u32).collect();
         let hashes = &self.hashes;
         self.by_hash.sort_unstable_by_key(|position| hashes[*position as usize]);
+        self.covers = Vec::with_capacity(self.len());
+        self.first_positions = Vec::new();
+        let mut is_head = vec![false; self.len()];
+        let mut head_count = 0_usize;
+        for position in 0..self.len() {
+            for parent in self.parents(position) {
+                head_count -= usize::from(std::mem::replace(&mut is_head[*parent as usize], false));
+            }
+            is_head[position] = true;
+            head_count += 1;
+            self.covers.push(head_count == 1);
+            // Authors are numbered in the order of their first change.
+            if self.actors[position] as usize == self.first_positions.len() {
+                self.first_positions.push(position as u64);
+            }
+        }
     }
 
     pub fn len(&self) -> usize {
@@ -210,7 +239,7 @@ impl BaseIndex {
 
     /// What it occupies in memory.
     pub fn resident_bytes(&self) -> usize {
-        self.hashes.len() * (32 + 4 + 8 + 4 + 4) + self.parents.len() * 8
+        self.hashes.len() * (32 + 4 + 8 + 4 + 4 + 1) + (self.parents.len() + self.first_positions.len()) * 8
     }
 
     pub fn position_of(&self, hash: &ChangeHash) -> Option<u64> {
@@ -228,23 +257,29 @@ impl BaseIndex {
         &self.parents[start..self.parent_ends[position] as usize]
     }
 
-    /// Walks everything that the `entries` (positions in the base) descend from, themselves included.
-    pub(crate) fn closure(&self, entries: &[u64]) -> BaseClosure {
-        let mut member = vec![false; self.len()];
-        for entry in entries {
-            member[*entry as usize] = true;
-        }
-        let mut actors = std::collections::BTreeSet::new();
-        // Parents stand before their children, so one pass from the end sees every child first.
-        for position in (0..self.len()).rev() {
-            if member[position] {
-                actors.insert(self.actors[position]);
-                for parent in self.parents(position) {
-                    member[*parent as usize] = true;
-                }
+    /// What the `entries` (positions in the base) descend from, themselves included. Walks down until one change has
+    /// everything before it, so it takes as long as there are changes beside each other; `None` if more than `steps_max`.
+    pub(crate) fn closure(&self, entries: &[u64], steps_max: u64) -> Option<BaseClosure> {
+        let mut open: BTreeSet<u64> = entries.iter().copied().collect();
+        let mut closure = BaseClosure::default();
+        let mut actors = BTreeSet::new();
+        // Parents stand before their children, so taking the last first sees every child before its parents.
+        while let Some(position) = open.pop_last() {
+            if self.covers[position as usize] {
+                closure.full_to = position + 1;
+                break;
             }
+            if closure.members.len() as u64 >= steps_max {
+                return None;
+            }
+            closure.members.push(position);
+            actors.insert(self.actors[position as usize]);
+            open.extend(self.parents(position as usize));
         }
-        BaseClosure { member, actors: actors.into_iter().collect() }
+        closure.members.reverse();
+        let count = self.first_positions.partition_point(|first| *first < closure.full_to);
+        closure.actors = ActorSet::first(count as u32).union(&actors.into_iter().collect());
+        Some(closure)
     }
 
     pub fn encode(&self) -> Bytes {
@@ -298,20 +333,29 @@ impl BaseIndex {
         if !input.is_empty() {
             return None;
         }
-        index.sort();
+        index.derive();
         Some(index)
     }
 }
 
 /// The part of a base that some changes descend from.
+#[derive(Debug, Default)]
 pub(crate) struct BaseClosure {
-    member: Vec<bool>,
-    /// The authors in it, ascending.
-    pub(crate) actors: Vec<u32>,
+    /// Everything before this position is in it.
+    full_to: u64,
+    /// What else is in it, ascending.
+    members: Vec<u64>,
+    /// The authors in it.
+    pub(crate) actors: ActorSet,
 }
 
 impl BaseClosure {
     pub(crate) fn contains(&self, position: u64) -> bool {
-        self.member[position as usize]
+        position < self.full_to || self.members.binary_search(&position).is_ok()
+    }
+
+    /// How many changes were looked at.
+    pub(crate) fn steps(&self) -> usize {
+        1 + self.members.len()
     }
 }

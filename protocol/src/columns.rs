@@ -379,7 +379,9 @@ fn skip_run(reader: &mut Reader<'_>, kind: ColumnType) -> Result<u64, ReadError>
 mod tests {
     use super::*;
 
-    fn runs<R: Runs>(mut runs: R) -> Result<Vec<(u64, Option<R::Value>)>, ReadError> {
+    type Listed<V> = Vec<(u64, Option<V>)>;
+
+    fn runs<R: Runs>(mut runs: R) -> Result<Listed<R::Value>, ReadError> {
         let mut all = Vec::new();
         while let Some(run) = runs.next_run()? {
             all.push((run.count, run.value));

@@ -44,13 +44,18 @@ pub const FRAME_KEYS_MAX: usize = 64;
 /// Most storage ids that one client may watch, and most entries in one remote-heads message.
 pub const REMOTE_HEADS_STORAGES_MAX: usize = 256;
 
-/// How far a change's first operation may stand above what the document has reached. Honest authors continue
-/// at the maximum they know; the slack covers concurrent changes of theirs that are still under way.
+/// How far a change's first operation may stand above what its dependencies have reached. Honest authors continue
+/// at the maximum they know; that is more only if they edit the document as it was once, beside newer changes.
 /// Counters are 32 bits wide, so an unbounded jump would use the document up for everybody.
 pub const START_OP_JUMP_MAX: u64 = 1_000_000;
 
 /// The highest operation counter a document may reach: half of what the 32-bit counter holds.
 pub const MAX_OP_MAX: u64 = 1 << 31;
+
+/// Steps of looking through a document's history that each of its changes adds to what may be spent on it. Stock
+/// authors name their own last change and need none; others need as many as there are changes beside theirs. It
+/// keeps the work that a history costs in proportion to its length, however it is contrived.
+pub const ANCESTRY_STEPS_PER_CHANGE: u64 = 64;
 
 /// Most replies in a row to one client about one document that neither carry nor follow anything new. A standard
 /// exchange needs one; a peer with another idea of the protocol would answer each for ever.
@@ -78,6 +83,9 @@ pub struct Limits {
     pub pending_changes_max: usize,
     /// Most bytes of one document's changes that wait for a dependency.
     pub pending_bytes_max: usize,
+    /// Steps of looking through a document's history, to check what its changes descend from, beyond
+    /// [`ANCESTRY_STEPS_PER_CHANGE`]. Changes that were accepted once must be read back without this limit.
+    pub ancestry_steps_max: u64,
 }
 
 impl Default for Limits {
@@ -90,6 +98,7 @@ impl Default for Limits {
             document_ops_max: 20_000_000,
             pending_changes_max: 100_000,
             pending_bytes_max: 16 << 20,
+            ancestry_steps_max: 4_000_000,
         }
     }
 }

@@ -11,7 +11,7 @@
 //!
 //! Changes of a document are committed in the order of their positions, so durability is one number.
 //!
-//! The graph also is the door: [`Graph::ingest`] refuses what would crash or corrupt a stock Automerge that
+//! The graph also is the door (`graph/door.rs`): [`Graph::ingest`] refuses what would crash or corrupt a stock Automerge that
 //! receives it. It does not judge whether operations make sense to the CRDT; that shows when a base is made.
 //!
 //! # Invariants
@@ -20,90 +20,41 @@
 //! - `heads` are the durable changes that no durable change depends on, sorted by hash.
 //! - For every author the changes in the graph are numbered 1, 2, 3, … and each descends from the one before.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use bytes::Bytes;
 use smallvec::SmallVec;
 
-use crate::base::{BaseActor, BaseEntry, BaseHead, BaseIndex, BaseSummary};
-use crate::change::Change;
-use crate::config::{Limits, MAX_OP_MAX, START_OP_JUMP_MAX};
+use crate::base::{BaseIndex, BaseSummary};
 use crate::ids::{ActorId, ChangeHash};
 
+mod compaction;
+mod door;
+mod past;
 mod pending;
 mod walk;
 
+pub use compaction::Retired;
+pub use door::{Ingested, Refusal};
+
+use past::Past;
 use pending::Pending;
-
-/// Why a change was refused. Nothing was changed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum Refusal {
-    /// The author's sequence number does not follow the author's last change. Stock Automerge panics on it.
-    #[error("seq {found} does not follow the author's last, {last}")]
-    SeqGap { last: u64, found: u64 },
-    /// The author already made another change with this number: two copies of one author are writing.
-    #[error("the author already has another change numbered {seq}")]
-    SeqReused { seq: u64 },
-    /// The author's previous change is not among the ancestors.
-    #[error("the author's previous change is not an ancestor")]
-    PreviousNotAncestor,
-    /// The operation counter starts at or below that of a dependency. Such a document saves, and never loads again.
-    #[error("operations start at {start_op}, dependencies reach {reached}")]
-    StartOpTooLow { start_op: u64, reached: u64 },
-    /// The operation counter jumps so far that it would use up the document.
-    #[error("operations reach {max_op}, the document stands at {reached}")]
-    StartOpTooHigh { max_op: u64, reached: u64 },
-    /// It names an author whom none of its ancestors has. Stock Automerge panics on it.
-    #[error("an operation names an author unknown to the change's ancestors")]
-    UnknownActor,
-    /// Too many changes wait for dependencies.
-    #[error("too many changes of this document wait for dependencies")]
-    PendingFull,
-}
-
-impl Refusal {
-    /// A short fixed word for metrics.
-    pub fn reason(&self) -> &'static str {
-        match self {
-            Refusal::SeqGap { .. } => "seq_gap",
-            Refusal::SeqReused { .. } => "seq_reused",
-            Refusal::PreviousNotAncestor => "previous_not_ancestor",
-            Refusal::StartOpTooLow { .. } => "start_op_too_low",
-            Refusal::StartOpTooHigh { .. } => "start_op_too_high",
-            Refusal::UnknownActor => "unknown_actor",
-            Refusal::PendingFull => "pending_full",
-        }
-    }
-}
-
-/// What became of a change.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Ingested {
-    /// Already here, at whatever stage.
-    Known,
-    /// Waits for a dependency.
-    Pending,
-    /// Staged, together with pending changes that waited for it: these positions, in order.
-    Staged(std::ops::Range<u64>),
-    /// The change refers to the inside of the base: load the index ([`Graph::attach_index`]) and offer it again.
-    NeedsIndex,
-}
 
 /// A change in the tail.
 #[derive(Debug)]
 pub(crate) struct Node {
     pub(crate) hash: ChangeHash,
-    /// Positions of the dependencies; those below the tail's start are in the base.
+    /// Positions of the dependencies, ascending; those below the tail's start are in the base.
     parents: SmallVec<[u64; 2]>,
     actor: u32,
     seq: u64,
     max_op: u64,
     pub(crate) bytes: Bytes,
-    /// The authors among this change and its ancestors.
-    actors: Arc<[u32]>,
-    /// Whether the whole base is among its ancestors.
-    covers_base: bool,
+    /// Of itself and its ancestors.
+    past: Arc<Past>,
+    /// Whether everything before it, in tail and base, is among its ancestors.
+    covers_all: bool,
 }
 
 /// Where an author stands, staged changes included.
@@ -119,7 +70,7 @@ struct ActorState {
 enum Lookup {
     At(u64),
     Absent,
-    /// Not in the tail nor a head of the base; only the index can tell.
+    /// Not in the tail, nor a head of the base or an author's last change there; only the index can tell.
     AskIndex,
 }
 
@@ -127,6 +78,10 @@ enum Lookup {
 #[derive(Debug, Default)]
 pub struct Graph {
     base: BaseSummary,
+    /// Of the base's heads, in their order.
+    base_pasts: Vec<Arc<Past>>,
+    /// The base's heads and its authors' last changes.
+    base_positions: HashMap<ChangeHash, u64>,
     index: Option<Arc<BaseIndex>>,
     nodes: Vec<Node>,
     positions: HashMap<ChangeHash, u64>,
@@ -135,8 +90,13 @@ pub struct Graph {
     durable_end: u64,
     /// Hash and position of each durable head, by hash.
     heads: BTreeMap<ChangeHash, u64>,
-    max_op: u64,
+    /// Positions that nothing staged depends on.
+    staged_heads: HashSet<u64>,
     tail_bytes: usize,
+    /// How many numbers the tail's [`Past`]s keep.
+    past_size: usize,
+    /// Steps spent on checking what changes descend from.
+    steps_spent: u64,
     pending: Pending,
 }
 
@@ -148,27 +108,33 @@ impl Graph {
 
     /// A document that has a base and no tail yet.
     pub fn from_base(base: BaseSummary) -> Self {
-        let mut graph = Self::default();
+        let mut graph = Self {
+            durable_end: base.change_count,
+            heads: base.heads.iter().map(|head| (head.hash, head.position)).collect(),
+            staged_heads: base.heads.iter().map(|head| head.position).collect(),
+            ..Self::default()
+        };
+        for actor in &base.actors {
+            let number = graph.actor_number(&actor.id) as usize;
+            graph.actors[number].last_seq = actor.last_seq;
+            graph.actors[number].last_position = actor.last_position;
+        }
         graph.set_base(base);
         graph
     }
 
     fn set_base(&mut self, base: BaseSummary) {
-        self.durable_end = base.change_count;
-        self.max_op = base.max_op;
-        self.heads = base.heads.iter().map(|head| (head.hash, head.position)).collect();
-        self.actors = base
-            .actors
-            .iter()
-            .map(|actor| ActorState {
-                id: actor.id.clone(),
-                last_seq: actor.last_seq,
-                last_position: actor.last_position,
-            })
-            .collect();
-        self.actor_numbers =
-            self.actors.iter().enumerate().map(|(number, actor)| (actor.id.clone(), number as u32)).collect();
+        let heads = base.heads.iter().map(|head| (head.hash, head.position));
+        let last = base.actors.iter().map(|actor| (actor.last_hash, actor.last_position));
+        self.base_positions = heads.chain(last).collect();
         self.base = base;
+        let pasts = self.base.heads.iter().map(|head| {
+            Arc::new(Past {
+                actors: head.actors.clone(),
+                reach: self.reach_from(std::iter::once(head.position)),
+            })
+        });
+        self.base_pasts = pasts.collect();
     }
 
     /// The first position of the tail; everything before is in the base.
@@ -223,7 +189,9 @@ impl Graph {
         self.nodes.len() * NODE_BYTES
             + self.tail_bytes
             + self.pending.bytes()
+            + self.past_size * 8
             + self.actors.len() * 128
+            + self.base_positions.len() * 64
             + index
     }
 
@@ -257,8 +225,8 @@ impl Graph {
         if let Some(position) = self.positions.get(hash) {
             return Lookup::At(*position);
         }
-        if let Some(head) = self.base.heads.iter().find(|head| head.hash == *hash) {
-            return Lookup::At(head.position);
+        if let Some(position) = self.base_positions.get(hash) {
+            return Lookup::At(*position);
         }
         match &self.index {
             Some(index) => index.position_of(hash).map_or(Lookup::Absent, Lookup::At),
@@ -267,130 +235,9 @@ impl Graph {
         }
     }
 
-    /// Offers a change. It is staged if everything it depends on is here, kept pending if not, refused if it would
-    /// harm those who receive it.
-    pub fn ingest(&mut self, change: Change, limits: &Limits) -> Result<Ingested, Refusal> {
-        if self.pending.contains(&change.hash) {
-            return Ok(Ingested::Known);
-        }
-        match self.is_known(&change)? {
-            Lookup::At(_) => return Ok(Ingested::Known),
-            Lookup::AskIndex => return Ok(Ingested::NeedsIndex),
-            Lookup::Absent => {}
-        }
-        let parents = match self.resolve(&change) {
-            Resolved::All(parents) => parents,
-            Resolved::NeedsIndex => return Ok(Ingested::NeedsIndex),
-            Resolved::Missing(missing) => {
-                return if self.pending.insert(change, missing, limits) {
-                    Ok(Ingested::Pending)
-                } else {
-                    Err(Refusal::PendingFull)
-                };
-            }
-        };
-        let Some(checked) = self.check(&change, parents)? else {
-            return Ok(Ingested::NeedsIndex);
-        };
-        let start = self.staged_end();
-        let hash = change.hash;
-        self.stage(change, checked);
-        self.stage_dependents(hash);
-        Ok(Ingested::Staged(start..self.staged_end()))
-    }
-
-    /// Tells a repeated change from a new one. A change numbered beyond its author's last cannot be in the base.
-    fn is_known(&self, change: &Change) -> Result<Lookup, Refusal> {
-        let last_seq = self.actor(&change.actor).map_or(0, |actor| actor.last_seq);
-        match self.lookup(&change.hash) {
-            Lookup::AskIndex if change.seq > last_seq => Ok(Lookup::Absent),
-            Lookup::Absent if change.seq <= last_seq => Err(Refusal::SeqReused { seq: change.seq }),
-            lookup => Ok(lookup),
-        }
-    }
-
-    fn actor(&self, id: &ActorId) -> Option<&ActorState> {
-        self.actor_numbers.get(id).map(|number| &self.actors[*number as usize])
-    }
-
-    fn resolve(&self, change: &Change) -> Resolved {
-        let mut parents = SmallVec::new();
-        let mut missing = None;
-        for dependency in &change.deps {
-            match self.lookup(dependency) {
-                Lookup::At(position) => parents.push(position),
-                // A dependency that is awaited for other changes is not in the base either.
-                Lookup::AskIndex if self.pending.contains(dependency) => missing = Some(*dependency),
-                Lookup::AskIndex => return Resolved::NeedsIndex,
-                Lookup::Absent => missing = Some(*dependency),
-            }
-        }
-        missing.map_or(Resolved::All(parents), Resolved::Missing)
-    }
-
-    /// The rules of the door. `None`: the index is needed to decide.
-    fn check(&self, change: &Change, parents: SmallVec<[u64; 2]>) -> Result<Option<Checked>, Refusal> {
-        let last = self.actor(&change.actor);
-        let last_seq = last.map_or(0, |actor| actor.last_seq);
-        if change.seq <= last_seq {
-            return Err(Refusal::SeqReused { seq: change.seq });
-        }
-        if change.seq != last_seq + 1 {
-            return Err(Refusal::SeqGap { last: last_seq, found: change.seq });
-        }
-        let Some(ancestry) = self.ancestry(&parents) else {
-            return Ok(None);
-        };
-        if let Some(actor) = last {
-            match self.descends_from(&parents, actor.last_position, &ancestry) {
-                Some(true) => {}
-                Some(false) => return Err(Refusal::PreviousNotAncestor),
-                None => return Ok(None),
-            }
-        }
-        self.check_counters(change, ancestry.max_op)?;
-        for other in &change.other_actors {
-            let known =
-                self.actor_numbers.get(other).is_some_and(|it| ancestry.actors.binary_search(it).is_ok());
-            if !known && *other != change.actor {
-                return Err(Refusal::UnknownActor);
-            }
-        }
-        Ok(Some(Checked { parents, actors: ancestry.actors, covers_base: ancestry.covers_base }))
-    }
-
-    fn check_counters(&self, change: &Change, reached: u64) -> Result<(), Refusal> {
-        if change.start_op <= reached {
-            return Err(Refusal::StartOpTooLow { start_op: change.start_op, reached });
-        }
-        let highest = change.max_op().max(change.start_op);
-        if change.start_op > self.max_op.saturating_add(START_OP_JUMP_MAX) || highest > MAX_OP_MAX {
-            return Err(Refusal::StartOpTooHigh { max_op: highest, reached: self.max_op });
-        }
-        Ok(())
-    }
-
-    fn stage(&mut self, change: Change, checked: Checked) {
-        let position = self.staged_end();
-        let actor = self.actor_number(&change.actor);
-        let max_op = change.max_op();
-        let actors = with_actor(checked.actors, actor);
-        let state = &mut self.actors[actor as usize];
-        state.last_seq = change.seq;
-        state.last_position = position;
-        self.max_op = self.max_op.max(max_op);
-        self.tail_bytes += change.bytes.len();
-        self.positions.insert(change.hash, position);
-        self.nodes.push(Node {
-            hash: change.hash,
-            parents: checked.parents,
-            actor,
-            seq: change.seq,
-            max_op,
-            bytes: change.bytes,
-            actors,
-            covers_base: checked.covers_base,
-        });
+    /// The place among the base's heads of the one at this position.
+    fn base_head(&self, position: u64) -> Option<usize> {
+        self.base.heads.binary_search_by_key(&position, |head| head.position).ok()
     }
 
     fn actor_number(&mut self, id: &ActorId) -> u32 {
@@ -401,25 +248,6 @@ impl Graph {
         self.actors.push(ActorState { id: id.clone(), last_seq: 0, last_position: 0 });
         self.actor_numbers.insert(id.clone(), number);
         number
-    }
-
-    /// Stages every pending change whose dependencies are complete now that `hash` is staged. A pending change that
-    /// turns out to break a rule is dropped: whoever sent it was not promised anything.
-    fn stage_dependents(&mut self, hash: ChangeHash) {
-        let mut ready = self.pending.take_waiting_on(&hash);
-        while let Some(change) = ready.pop() {
-            let hash = change.hash;
-            match self.resolve(&change) {
-                Resolved::All(parents) => {
-                    if let Ok(Some(checked)) = self.check(&change, parents) {
-                        self.stage(change, checked);
-                        ready.extend(self.pending.take_waiting_on(&hash));
-                    }
-                }
-                Resolved::Missing(missing) => self.pending.wait_again(change, missing),
-                Resolved::NeedsIndex => {}
-            }
-        }
     }
 
     /// Records that everything before `end` is committed, and moves the heads.
@@ -444,13 +272,14 @@ impl Graph {
 
     /// The hash of a tail change or of a head of the base; nothing for the inside of the base.
     fn hash_at(&self, position: u64) -> Option<ChangeHash> {
-        if let Some(node) = self.node(position) {
-            return Some(node.hash);
+        match self.node(position) {
+            Some(node) => Some(node.hash),
+            None => self.base_head(position).map(|place| self.base.heads[place].hash),
         }
-        self.base.heads.iter().find(|head| head.position == position).map(|head| head.hash)
     }
 
-    /// Forgets what is staged but not durable, because its commit failed.
+    /// Forgets what is staged but not durable, because its commit failed. Changes that were pending until they were
+    /// staged are forgotten with the rest, whoever sent them, so every session of the document must be closed.
     pub fn roll_back_staged(&mut self) {
         let keep = (self.durable_end - self.base.change_count) as usize;
         for node in self.nodes.drain(keep..).rev() {
@@ -462,19 +291,20 @@ impl Graph {
         while let Some(actor) = self.actors.pop_if(|actor| actor.last_seq == 0) {
             self.actor_numbers.remove(&actor.id);
         }
-        self.recount();
-    }
-
-    /// Derives from base and tail where each author stands and how far operations reach.
-    fn recount(&mut self) {
         for (actor, in_base) in self.actors.iter_mut().zip(&self.base.actors) {
             actor.last_position = in_base.last_position;
         }
-        self.max_op = self.base.max_op;
         for (offset, node) in self.nodes.iter().enumerate() {
             self.actors[node.actor as usize].last_position = self.base.change_count + offset as u64;
-            self.max_op = self.max_op.max(node.max_op);
         }
+        self.staged_heads = self.heads.values().copied().collect();
+        self.measure_pasts();
+    }
+
+    fn measure_pasts(&mut self) {
+        let mut seen = HashSet::new();
+        let pasts = self.nodes.iter().map(|node| &node.past);
+        self.past_size = pasts.filter(|past| seen.insert(Arc::as_ptr(past))).map(|past| past.size()).sum();
     }
 
     /// The dependencies that pending changes wait for, reachable from `heads` and not here: what to ask a peer for
@@ -510,6 +340,16 @@ impl Graph {
         self.pending.contains(hash)
     }
 
+    /// Whether the change is durable, as far as can be told without the index.
+    pub(crate) fn is_durable(&self, hash: &ChangeHash) -> bool {
+        self.position(hash).is_some_and(|position| position < self.durable_end)
+    }
+
+    /// Whether the change is not in the tail nor pending, though it may be in the base.
+    pub(crate) fn is_in_base_or_unknown(&self, hash: &ChangeHash) -> bool {
+        self.has_base() && !self.positions.contains_key(hash) && !self.pending.contains(hash)
+    }
+
     pub(crate) fn base_heads(&self) -> impl Iterator<Item = &ChangeHash> {
         self.base.heads.iter().map(|head| &head.hash)
     }
@@ -518,103 +358,5 @@ impl Graph {
     pub fn durable_position(&self, hash: &ChangeHash) -> Option<u64> {
         let position = *self.positions.get(hash)?;
         (position < self.durable_end).then_some(position)
-    }
-
-    /// What a base that covers everything before `cut` has to say of itself: its summary, and the entries that
-    /// extend the current base's index.
-    ///
-    /// # Panics
-    /// If `cut` is not within the durable tail.
-    pub fn summarise(&self, cut: u64) -> (BaseSummary, Vec<BaseEntry>) {
-        assert!(cut >= self.tail_start() && cut <= self.durable_end, "a base covers durable changes");
-        let covered = &self.nodes[..(cut - self.tail_start()) as usize];
-        let mut heads: BTreeMap<u64, BaseHead> =
-            self.base.heads.iter().map(|head| (head.position, head.clone())).collect();
-        let mut actors = self.base.actors.clone();
-        let mut max_op = self.base.max_op;
-        let mut entries = Vec::with_capacity(covered.len());
-        for (offset, node) in covered.iter().enumerate() {
-            let position = self.tail_start() + offset as u64;
-            for parent in &node.parents {
-                heads.remove(parent);
-            }
-            let head =
-                BaseHead { hash: node.hash, position, max_op: node.max_op, actors: node.actors.to_vec() };
-            heads.insert(position, head);
-            // Authors are numbered in the order of their first change, so a new one is always the next.
-            let last = BaseActor {
-                id: self.actors[node.actor as usize].id.clone(),
-                last_seq: node.seq,
-                last_position: position,
-            };
-            match actors.get_mut(node.actor as usize) {
-                Some(actor) => *actor = last,
-                None => actors.push(last),
-            }
-            max_op = max_op.max(node.max_op);
-            entries.push(BaseEntry {
-                hash: node.hash,
-                actor: node.actor,
-                max_op: node.max_op,
-                parents: node.parents.clone(),
-            });
-        }
-        (BaseSummary { change_count: cut, max_op, heads: heads.into_values().collect(), actors }, entries)
-    }
-
-    /// Takes `base` in the place of the old base and the tail before it. Positions stay what they were.
-    ///
-    /// # Panics
-    /// If the base covers less than the old one or more than is durable.
-    pub fn rebase(&mut self, base: BaseSummary) {
-        let cut = base.change_count;
-        assert!(cut >= self.tail_start() && cut <= self.durable_end, "a base covers durable changes");
-        let covered = (cut - self.tail_start()) as usize;
-        for node in self.nodes.drain(..covered) {
-            self.positions.remove(&node.hash);
-            self.tail_bytes -= node.bytes.len();
-        }
-        self.base = base;
-        self.index = None;
-        self.recount_coverage();
-    }
-
-    fn recount_coverage(&mut self) {
-        for offset in 0..self.nodes.len() {
-            let parents = self.nodes[offset].parents.clone();
-            self.nodes[offset].covers_base = self.parents_cover_base(&parents);
-        }
-    }
-}
-
-/// What a change depends on, looked up.
-enum Resolved {
-    All(SmallVec<[u64; 2]>),
-    Missing(ChangeHash),
-    NeedsIndex,
-}
-
-/// A change that passed the door.
-struct Checked {
-    parents: SmallVec<[u64; 2]>,
-    actors: Arc<[u32]>,
-    covers_base: bool,
-}
-
-/// What a change's ancestors have in common.
-struct Ancestry {
-    actors: Arc<[u32]>,
-    max_op: u64,
-    covers_base: bool,
-}
-
-fn with_actor(actors: Arc<[u32]>, actor: u32) -> Arc<[u32]> {
-    match actors.binary_search(&actor) {
-        Ok(_) => actors,
-        Err(place) => {
-            let mut all = actors.to_vec();
-            all.insert(place, actor);
-            all.into()
-        }
     }
 }

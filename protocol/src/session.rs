@@ -17,12 +17,16 @@
 //! Every message brings the peer to our heads, so each says `have = {last_sync: our heads, no filter}`: the peer then
 //! owes us exactly what is not an ancestor of them, and no Bloom filter is built. A peer that could not apply the
 //! message does not know these heads, answers with a reset, and is placed anew. The exception is a peer that
-//! ignores our changes (read-only): it is told the heads it has reported and a filter of the rest.
+//! ignores our changes (it is read-only, or keeps answering with the same): it is told the heads it has reported, and
+//! a filter of the rest if it needs one, so that it can still send what it has itself.
 //!
 //! # Quiet
 //!
-//! A session replies to everything that calls for a reply, and stops: replies that bring no progress are counted and
-//! limited, so that two peers with different ideas of the protocol do not keep each other busy.
+//! A session replies to what calls for a reply, and stops. Heads that are not here and came without their changes
+//! call for one when they are first reported: the peer sends its changes when it knows our heads, and one that does
+//! not send them then (they were refused, or are not to be taken) will not send them because it is asked again. Replies
+//! that the peer does not follow with anything new are counted and limited, so that a peer that cannot apply what it
+//! gets, or that has another idea of the protocol, does not keep both busy for ever.
 
 use smallvec::SmallVec;
 
@@ -31,6 +35,10 @@ use crate::config::{FRUITLESS_REPLIES_MAX, UNANSWERED_MESSAGES_MAX};
 use crate::graph::Graph;
 use crate::ids::ChangeHash;
 use crate::sync_message::{Have, SyncFlags, SyncMessage, SyncVersion};
+
+mod positions;
+
+use positions::Positions;
 
 /// What to send to the peer.
 #[derive(Debug, Clone)]
@@ -55,8 +63,8 @@ pub struct SyncSession {
     read_only: bool,
     peer: Peer,
     place: Place,
-    /// Positions at or beyond `synced` that came from the peer.
-    received: SmallVec<[u64; 2]>,
+    /// Positions that came from the peer, beyond what it was last sent.
+    received: Positions,
     /// The heads in our last message.
     told: Option<Vec<ChangeHash>>,
     reply_due: bool,
@@ -91,7 +99,7 @@ impl SyncSession {
             read_only,
             peer: Peer::default(),
             place: Place::Unknown,
-            received: SmallVec::new(),
+            received: Positions::default(),
             told: None,
             reply_due: false,
             fruitless_replies: 0,
@@ -107,39 +115,46 @@ impl SyncSession {
     /// the positions at which they stand, new or not. New ones are acknowledged when they are durable.
     pub fn receive(
         &mut self,
-        message: SyncMessage,
+        mut message: SyncMessage,
         changes_at: impl IntoIterator<Item = u64>,
         graph: &Graph,
     ) {
+        message.heads.sort_unstable();
+        message.heads.dedup();
         self.unanswered = 0;
         self.take_flags(&message);
         if self.peer_lost_something(&message, graph) {
             self.place = Place::Unknown;
+            self.received = Positions::default();
         }
+        let positions: Vec<u64> = changes_at.into_iter().collect();
         let brought_changes = !message.changes.is_empty();
-        let mut staged_any = false;
-        for position in changes_at {
-            staged_any |= position >= graph.durable_end();
-            self.received.push(position);
-        }
-        let placed = self.place != Place::Unknown;
-        if brought_changes && !self.read_only || message.heads != self.peer.heads {
+        let staged_any = positions.iter().any(|position| *position >= graph.durable_end());
+        self.received.extend(positions);
+        if staged_any || message.heads != self.peer.heads {
             self.fruitless_replies = 0;
         }
+        let placed = self.place != Place::Unknown;
         if placed && !brought_changes && graph.heads_are(&message.heads) {
-            // The answer to our message: both sides have the same and know it.
-            self.told = Some(graph.heads());
+            // The answer to our message, or it has our changes from elsewhere: both sides have the same and know it.
+            self.in_step(graph);
         } else if !staged_any {
             // New changes are answered when they are durable. An older answer that crossed our last message needs
             // none: what it lacks is on its way.
-            let unknown_heads = message.heads.iter().any(|head| graph.position(head).is_none());
-            self.reply_due |= !placed || brought_changes || unknown_heads;
+            self.reply_due |= !placed || brought_changes || self.owes_changes(&message, graph);
         }
         self.peer.heard = true;
         self.peer.heads = message.heads;
         self.peer.need = message.need;
         // What the peer has counts only when it is placed; a filter of a large document is not kept beyond that.
         self.peer.have = if placed { Vec::new() } else { message.have };
+    }
+
+    /// Whether the peer reports for the first time a head that is not here, which it may not have sent for want of
+    /// knowing our heads.
+    fn owes_changes(&self, message: &SyncMessage, graph: &Graph) -> bool {
+        let is_new = |head: &ChangeHash| self.peer.heads.binary_search(head).is_err();
+        !self.read_only && message.heads.iter().any(|head| is_new(head) && graph.position(head).is_none())
     }
 
     fn take_flags(&mut self, message: &SyncMessage) {
@@ -165,12 +180,11 @@ impl SyncSession {
             return false;
         }
         // Heads that it had reported must be among the ancestors of those it reports now.
-        let now: SmallVec<[u64; 4]> = message.heads.iter().filter_map(|it| graph.position(it)).collect();
-        if now.len() < message.heads.len() {
-            return false;
-        }
-        let before = self.peer.heads.iter().filter_map(|head| graph.position(head));
-        before.into_iter().any(|position| !graph.includes(&now, position))
+        let known = |heads: &[ChangeHash]| -> SmallVec<[u64; 4]> {
+            heads.iter().filter_map(|head| graph.position(head)).collect()
+        };
+        let now = known(&message.heads);
+        now.len() == message.heads.len() && !graph.includes(&now, &known(&self.peer.heads))
     }
 
     /// Whether the peer has left so many messages unanswered that gathering more changes serves it better than another
@@ -190,14 +204,15 @@ impl SyncSession {
             // Changes that are being committed make the document available in a moment.
             return (due && graph.staged_end() == 0).then_some(Reply::Unavailable);
         }
+        let due = std::mem::take(&mut self.reply_due);
         let lacking = self.lacking(graph);
-        let news = lacking != Lacking::Nothing || !self.told_heads(graph);
-        let again = self.reply_due && self.fruitless_replies < FRUITLESS_REPLIES_MAX;
-        if !news && !again {
-            self.reply_due = false;
-            return None;
+        if self.told_heads(graph) {
+            let called_for = due || lacking != Lacking::Nothing;
+            if !called_for || self.fruitless_replies >= FRUITLESS_REPLIES_MAX {
+                return None;
+            }
+            self.fruitless_replies += 1;
         }
-        self.fruitless_replies = if news { 0 } else { self.fruitless_replies + 1 };
         let reply = self.compose(graph, lacking);
         self.mark_sent(graph);
         Some(reply)
@@ -208,13 +223,17 @@ impl SyncSession {
     }
 
     fn mark_sent(&mut self, graph: &Graph) {
-        let end = graph.durable_end();
-        self.told = Some(graph.heads());
-        self.reply_due = false;
+        self.in_step(graph);
         self.unanswered = self.unanswered.saturating_add(1);
-        self.received.retain(|position| *position >= end);
         self.peer.have = Vec::new();
         self.peer.need = Vec::new();
+    }
+
+    /// The peer has, or has been sent, all that is durable, and knows our heads.
+    fn in_step(&mut self, graph: &Graph) {
+        let end = graph.durable_end();
+        self.told = Some(graph.heads());
+        self.received.forget_before(end);
         self.place = Place::Synced(end);
     }
 
@@ -226,15 +245,18 @@ impl SyncSession {
         let lacking = match self.place {
             Place::Unknown => self.placed(graph),
             Place::Synced(position) if position < graph.tail_start() => Lacking::Everything,
-            Place::Synced(position) if self.received.iter().all(|it| *it >= end) => {
-                Lacking::from(position, end)
-            }
             Place::Synced(position) => {
-                Lacking::at((position..end).filter(|it| !self.received.contains(it)).collect())
+                let gaps = self.received.gaps_in(position..end);
+                match &gaps[..] {
+                    [] => Lacking::Nothing,
+                    [gap] if gap.end == end => Lacking::From(gap.start),
+                    _ => Lacking::Positions(gaps.into_iter().flatten().collect()),
+                }
             }
         };
         match self.with_needs(lacking, graph) {
-            Lacking::Everything if !graph.has_base() => Lacking::from(0, end),
+            Lacking::Everything if !graph.has_base() && end > 0 => Lacking::From(0),
+            Lacking::Everything if !graph.has_base() => Lacking::Nothing,
             lacking => lacking,
         }
     }
@@ -245,13 +267,12 @@ impl SyncSession {
             return Lacking::Everything;
         }
         let claimed = self.peer.have.iter().flat_map(|have| &have.last_sync);
-        // Heads that are not known may be new or may lie inside the base; the index is not loaded to find out. If the
-        // peer's last synchronised heads are not known either, it is sent everything, which is right in both cases.
-        let unknown_last_sync = claimed.clone().any(|hash| graph.position(hash).is_none());
+        // Heads that are not known may be new or may lie inside the base; the index is not loaded to find out. Unless
+        // the filter says that the peer has the base, it is sent everything, which is right in both cases.
         let known: Vec<u64> =
             self.peer.heads.iter().chain(claimed).filter_map(|hash| graph.position(hash)).collect();
         let filtered = |hash: &ChangeHash| self.peer.have.iter().any(|have| have.bloom.contains(hash));
-        if !graph.covers_base(&known) && (unknown_last_sync || !graph.base_heads().all(filtered)) {
+        if !graph.covers_base(&known) && !graph.base_heads().all(filtered) {
             return Lacking::Everything;
         }
         let mut lacking = Vec::new();
@@ -263,7 +284,7 @@ impl SyncSession {
                 .filter_map(|parent| parent.checked_sub(graph.tail_start()))
                 .any(|offset| is_lacking[offset as usize]);
             let hash = graph.hash(position);
-            if descends || !self.received.contains(&position) && hash.is_none_or(|hash| !filtered(&hash)) {
+            if descends || !self.received.contains(position) && hash.is_none_or(|hash| !filtered(&hash)) {
                 is_lacking[(position - graph.tail_start()) as usize] = true;
                 lacking.push(position);
             }
@@ -285,7 +306,7 @@ impl SyncSession {
             match graph.durable_position(hash) {
                 Some(position) => positions.push(position),
                 // Its own bytes were given up when the base took it in.
-                None if graph.has_base() && !graph.is_pending(hash) => return Lacking::Everything,
+                None if graph.is_in_base_or_unknown(hash) => return Lacking::Everything,
                 None => {}
             }
         }
@@ -297,7 +318,9 @@ impl SyncSession {
     fn compose(&self, graph: &Graph, lacking: Lacking) -> Reply {
         let end = graph.durable_end();
         let need = if self.read_only { Vec::new() } else { graph.missing_from(&self.peer.heads) };
-        let plain = need.is_empty() && self.peer.v2 && !self.peer.read_only && !self.read_only;
+        // A peer that keeps answering with the same does not apply what we send, whatever it says.
+        let applies = !self.peer.read_only && self.fruitless_replies < 2;
+        let plain = need.is_empty() && self.peer.v2 && applies && !self.read_only;
         match &lacking {
             Lacking::Nothing if plain => return Reply::Span { from: end, to: end },
             Lacking::From(from) if plain => return Reply::Span { from: *from, to: end },
@@ -319,18 +342,21 @@ impl SyncSession {
             version: if self.peer.v2 { SyncVersion::V2 } else { SyncVersion::V1 },
             heads: graph.heads(),
             need,
-            have: vec![if self.peer.read_only { self.honest_have(graph) } else { have_all(graph) }],
+            have: vec![if applies { have_all(graph) } else { self.honest_have(graph) }],
             changes,
             flags: Some(flags),
         };
         Reply::Single { message: Box::new(message), with_base }
     }
 
-    /// What we have, told to a peer that does not take our changes: relative to what it has itself.
+    /// What we have, told to a peer that does not take our changes: what it has reported itself. Only if it reports
+    /// something that is not here does it need a filter of the rest to know what to send.
     fn honest_have(&self, graph: &Graph) -> Have {
-        let mut last_sync: Vec<ChangeHash> =
-            self.peer.heads.iter().filter(|head| graph.durable_position(head).is_some()).copied().collect();
-        last_sync.sort_unstable();
+        let reported = self.peer.heads.iter().filter(|head| graph.is_durable(head)).copied();
+        let last_sync: Vec<ChangeHash> = reported.collect();
+        if last_sync.len() == self.peer.heads.len() {
+            return Have { last_sync, bloom: BloomFilter::default() };
+        }
         let known: Vec<u64> = last_sync.iter().filter_map(|hash| graph.position(hash)).collect();
         let ours: Vec<ChangeHash> =
             graph.beyond(&known).into_iter().filter_map(|position| graph.hash(position)).collect();
@@ -382,10 +408,6 @@ enum Lacking {
 }
 
 impl Lacking {
-    fn from(position: u64, end: u64) -> Self {
-        if position < end { Lacking::From(position) } else { Lacking::Nothing }
-    }
-
     fn at(positions: Vec<u64>) -> Self {
         if positions.is_empty() { Lacking::Nothing } else { Lacking::Positions(positions) }
     }

@@ -10,9 +10,13 @@ mod authors;
 mod changes;
 #[path = "decoders/chunk_census.rs"]
 mod chunk_census;
+#[path = "decoders/draft.rs"]
+mod draft;
 #[path = "decoders/frames.rs"]
 mod frames;
 #[path = "decoders/hostile.rs"]
 mod hostile;
+#[path = "decoders/seeds.rs"]
+mod seeds;
 #[path = "decoders/sync_messages.rs"]
 mod sync_messages;

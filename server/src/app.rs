@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use anyhow::Context;
 use axum::Router;
-use axum::serve::ListenerExt;
 use isobar_protocol::ids::{OriginId, PeerId, PlacementGroup, RegionName};
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
@@ -17,11 +16,11 @@ use tokio_util::task::TaskTracker;
 use crate::commit::Committer;
 use crate::config::Settings;
 use crate::documents::Documents;
-use crate::http;
+use crate::http::{self, CountingListener, Traffic};
 use crate::materialise::Materialiser;
 use crate::node::{Node, Sessions};
 use crate::outbox::Closing;
-use crate::storage::{self, StorageError};
+use crate::storage::{self, Storage, StorageError};
 use crate::telemetry::Metrics;
 
 /// The placement group of every document until groups can be configured: all regions.
@@ -47,11 +46,16 @@ pub struct App {
 }
 
 impl App {
-    /// Starts a node. When this returns, its listeners accept.
+    /// Opens the database and starts a node on it. When this returns, its listeners accept.
     pub async fn start(settings: Settings) -> anyhow::Result<Self> {
+        let storage = storage::open(&settings.database).await.context("the database cannot be opened")?;
+        Self::start_with(settings, storage).await
+    }
+
+    /// As [`App::start`], on a storage that is open.
+    pub async fn start_with(settings: Settings, storage: Arc<dyn Storage>) -> anyhow::Result<Self> {
         let region = RegionName::new(&settings.region)?;
         let group = PlacementGroup::new(DEFAULT_GROUP)?;
-        let storage = storage::open(&settings.database).await.context("the database cannot be opened")?;
         let storage_id = storage.region_identity(&region).await?;
         let origin = storage.claim_origin(&region, &group, 0).await?;
         tracing::info!(%region, origin = %origin.id.0, seq = origin.last_seq.0, "origin claimed");
@@ -138,6 +142,9 @@ impl App {
         // Everything submitted is committed before the handles are gone: the budget is empty then.
         self.node.committer.settled(patience).await;
         storage.close().await;
+        if self.committer.is_finished() {
+            self.committer.await?.context("the storage failed, not everything was committed")?;
+        }
         tracing::info!("stopped");
         Ok(())
     }
@@ -161,10 +168,8 @@ async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
 }
 
 fn serve(listener: TcpListener, routes: Router, stop: CancellationToken) -> JoinHandle<()> {
-    // A keystroke is one small packet; it must not wait for the next.
-    let listener = listener.tap_io(|stream| {
-        let _ = stream.set_nodelay(true);
-    });
+    let listener = CountingListener(listener);
+    let routes = routes.into_make_service_with_connect_info::<Traffic>();
     tokio::spawn(async move {
         let served = axum::serve(listener, routes).with_graceful_shutdown(stop.cancelled_owned()).await;
         if let Err(error) = served {

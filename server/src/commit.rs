@@ -73,8 +73,8 @@ pub struct Submission {
     pub document: Arc<Document>,
     pub changes: Vec<StoredChange>,
     pub end: u64,
-    /// Room in the queues, given back when this is durable.
-    pub permits: Option<[Permit; 2]>,
+    /// Room in the queues for the message that this is a part of, given back when all of its parts are durable.
+    pub permits: Arc<[Permit; 2]>,
 }
 
 /// A handle for submitting. Cheap to clone; when the last is dropped, the committer finishes and stops.

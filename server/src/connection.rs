@@ -22,6 +22,7 @@ use tokio::time::{Instant, Sleep};
 
 use crate::commit::ByteBudget;
 use crate::documents::{Document, LoadError, SubscriberKey};
+use crate::http::Traffic;
 use crate::node::Node;
 use crate::outbox::{Closing, Outbox, Slot};
 
@@ -34,12 +35,10 @@ use remote_heads::Watched;
 /// A client must say who it is within this time.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A silent connection is asked for a sign of life after this time. Stock clients answer pings but send none; a browser
-/// that applies a large message cannot answer for a while.
-const PING_AFTER: Duration = Duration::from_secs(20);
-
-/// A connection without a sign of life for this long is closed.
-const SILENCE_MAX: Duration = Duration::from_secs(60);
+/// A connection is closed when so many times in a row the setting `ping_seconds` has passed without a sign of life. Stock
+/// clients answer pings but send none; a browser that applies a large message cannot answer for a while. Times are
+/// counted, not added up: when this process has been standing still, nobody could make himself heard.
+const SILENCES_MAX: u32 = 3;
 
 /// How long more changes are gathered for a client that has not answered several messages.
 const GATHER: Duration = Duration::from_millis(50);
@@ -102,8 +101,16 @@ struct Subscription {
     last_sent: Instant,
     /// Set while more changes are gathered.
     held: bool,
+    /// Stands in the connection's `dirty`.
+    dirty: bool,
     /// The heads that were last reported to a client that watches this region's storage.
     reported: Vec<ChangeHash>,
+}
+
+impl Drop for Subscription {
+    fn drop(&mut self) {
+        self.document.unsubscribe(self.key);
+    }
 }
 
 /// See the module.
@@ -114,7 +121,10 @@ pub struct Connection {
     outbox: Arc<Outbox>,
     subscriptions: Vec<Subscription>,
     slots: HashMap<DocumentId, Slot>,
+    /// Subscriptions that may have something to say, each once.
     dirty: Vec<Slot>,
+    /// Empty between uses; it keeps its memory.
+    marked: Vec<Slot>,
     held: Vec<(Instant, Slot)>,
     uncommitted: ByteBudget,
     watched: Watched,
@@ -122,8 +132,16 @@ pub struct Connection {
     answers_each: bool,
     ephemerals: TokenBucket,
     flushing: bool,
-    last_heard: Instant,
-    last_written: Instant,
+    /// Something waits in the outbox.
+    woken: bool,
+    traffic: Traffic,
+    /// When a sign of life is looked for next.
+    look_at: Instant,
+    /// How often in a row there was none.
+    silences: u32,
+    /// The traffic at the last look.
+    read_bytes: u64,
+    written_bytes: u64,
     timer: Pin<Box<Sleep>>,
 }
 
@@ -137,7 +155,7 @@ enum Event {
 
 impl Connection {
     /// Serves a client until it ends.
-    pub async fn serve(node: Arc<Node>, mut socket: WebSocket) {
+    pub async fn serve(node: Arc<Node>, mut socket: WebSocket, traffic: Traffic) {
         let joined = tokio::time::timeout(JOIN_TIMEOUT, join(&node, &mut socket)).await;
         let outcome =
             joined.unwrap_or_else(|_| Err(Ending::protocol("no_join", "no join within ten seconds")));
@@ -145,11 +163,13 @@ impl Connection {
             Err(ending) => (None, socket, ending),
             Ok((peer, metadata)) => {
                 let outbox = Arc::new(Outbox::default());
-                let number = node.sessions.enter(&peer, &outbox);
-                let mut connection = Self::new(node.clone(), socket, peer.clone(), outbox, &metadata);
+                let entered = Entered::new(&node, &peer, &outbox);
+                let mut connection =
+                    Self::new(node.clone(), socket, peer.clone(), traffic, outbox, &metadata);
                 let ending = connection.run().await;
-                let socket = connection.leave();
-                node.sessions.leave(&peer, number);
+                // Ends the subscriptions.
+                let Self { socket, .. } = connection;
+                drop(entered);
                 (Some(peer), socket, ending)
             }
         };
@@ -160,10 +180,12 @@ impl Connection {
         node: Arc<Node>,
         socket: WebSocket,
         peer: PeerId,
+        traffic: Traffic,
         outbox: Arc<Outbox>,
         metadata: &PeerMetadata,
     ) -> Self {
         let now = Instant::now();
+        let ping_after = node.settings.ping();
         Self {
             watched: Watched::new(&node.storage_id, metadata),
             answers_each: !gathers_answers(metadata),
@@ -174,13 +196,18 @@ impl Connection {
             subscriptions: Vec::new(),
             slots: HashMap::new(),
             dirty: Vec::new(),
+            marked: Vec::new(),
             held: Vec::new(),
             uncommitted: ByteBudget::new(UNCOMMITTED_BYTES_MAX),
             ephemerals: TokenBucket::full(now),
             flushing: false,
-            last_heard: now,
-            last_written: now,
-            timer: Box::pin(tokio::time::sleep(PING_AFTER)),
+            woken: false,
+            traffic,
+            look_at: now + ping_after,
+            silences: 0,
+            read_bytes: 0,
+            written_bytes: 0,
+            timer: Box::pin(tokio::time::sleep(ping_after)),
         }
     }
 
@@ -189,16 +216,19 @@ impl Connection {
             let step = match self.event().await {
                 Ok(Event::Frame(message)) => self.receive(message).await,
                 Ok(Event::Timer) => self.tick(),
-                Ok(Event::Flushed | Event::Woken) => Ok(()),
+                Ok(Event::Flushed) => Ok(()),
+                Ok(Event::Woken) => {
+                    self.woken = true;
+                    match self.outbox.closing() {
+                        None => Ok(()),
+                        Some(Closing::Replaced) => return Ending::Replaced,
+                        Some(Closing::Drain) => return self.wind_down().await,
+                    }
+                }
                 Err(ending) => Err(ending),
             };
             if let Err(ending) = step {
                 return ending;
-            }
-            match self.outbox.closing() {
-                None => {}
-                Some(Closing::Replaced) => return Ending::Replaced,
-                Some(Closing::Drain) => return self.wind_down().await,
             }
             if !self.flushing
                 && let Err(ending) = self.fill().await
@@ -209,17 +239,15 @@ impl Connection {
     }
 
     async fn event(&mut self) -> Result<Event, Ending> {
-        let outbox = self.outbox.clone();
-        let woken = outbox.woken();
-        tokio::pin!(woken);
         std::future::poll_fn(|context| {
+            // First, or a client that never stops sending would put deadlines off for ever.
+            if self.timer.as_mut().poll(context).is_ready() {
+                return Poll::Ready(Ok(Event::Timer));
+            }
             if let Poll::Ready(event) = self.poll_socket(context) {
                 return Poll::Ready(event);
             }
-            if woken.as_mut().poll(context).is_ready() {
-                return Poll::Ready(Ok(Event::Woken));
-            }
-            self.timer.as_mut().poll(context).map(|()| Ok(Event::Timer))
+            self.outbox.poll_woken(context).map(|()| Ok(Event::Woken))
         })
         .await
     }
@@ -229,8 +257,9 @@ impl Connection {
             match Pin::new(&mut self.socket).poll_flush(context) {
                 Poll::Ready(Ok(())) => {
                     self.flushing = false;
-                    self.last_written = Instant::now();
-                    return Poll::Ready(Ok(Event::Flushed));
+                    if self.woken || !self.dirty.is_empty() {
+                        return Poll::Ready(Ok(Event::Flushed));
+                    }
                 }
                 Poll::Ready(Err(_)) => return Poll::Ready(Err(Ending::Gone)),
                 Poll::Pending => {}
@@ -238,19 +267,10 @@ impl Connection {
         }
         match Pin::new(&mut self.socket).poll_next(context) {
             Poll::Ready(Some(Ok(message))) => Poll::Ready(Ok(Event::Frame(message))),
-            Poll::Ready(Some(Err(error))) => Poll::Ready(Err(self.read_error(&error))),
+            Poll::Ready(Some(Err(error))) => Poll::Ready(Err(read_failed(&error))),
             Poll::Ready(None) => Poll::Ready(Err(Ending::Gone)),
             Poll::Pending => Poll::Pending,
         }
-    }
-
-    /// Tells a broken connection from a frame that the WebSocket layer refused.
-    fn read_error(&self, error: &axum::Error) -> Ending {
-        let text = error.to_string();
-        if text.contains("too long") || text.contains("too big") {
-            return Ending::protocol("frame_too_large", text);
-        }
-        Ending::Gone
     }
 
     /// Takes one message; `start_send` accepts it whatever the state of the socket, and the flush follows.
@@ -259,10 +279,7 @@ impl Connection {
             self.node.metrics.frames_sent.increment(1);
             self.node.metrics.frame_bytes_sent.increment(bytes.len() as u64);
         }
-        if !self.flushing {
-            self.flushing = true;
-            self.last_written = Instant::now();
-        }
+        self.flushing = true;
         Pin::new(&mut self.socket).start_send(message).map_err(|_| Ending::Gone)
     }
 
@@ -270,16 +287,29 @@ impl Connection {
     fn tick(&mut self) -> Result<(), Ending> {
         let now = Instant::now();
         self.release_held(now);
-        let silent = now.duration_since(self.last_heard);
-        let stuck = self.flushing && now.duration_since(self.last_written) >= SILENCE_MAX;
-        if silent >= SILENCE_MAX || stuck {
-            return Err(Ending::Silent);
+        let ping_after = self.node.settings.ping();
+        if now >= self.look_at {
+            self.look_at = now + ping_after;
+            self.look_for_life()?;
         }
-        if silent >= PING_AFTER && !self.flushing {
-            self.send(Message::Ping(bytes::Bytes::new()))?;
-        }
-        self.arm_timer(now + PING_AFTER, true);
+        self.arm_timer(self.look_at, true);
         Ok(())
+    }
+
+    fn look_for_life(&mut self) -> Result<(), Ending> {
+        let (read, written) = (self.traffic.read_bytes(), self.traffic.written_bytes());
+        // Parts of a frame count as well: a large one may take minutes. As long as the network takes more of one of ours,
+        // somebody is reading it, and no ping would be answered before its end has arrived.
+        let alive = read != self.read_bytes || self.flushing && written != self.written_bytes;
+        (self.read_bytes, self.written_bytes) = (read, written);
+        self.silences = if alive { 0 } else { self.silences + 1 };
+        match self.silences {
+            0 => Ok(()),
+            SILENCES_MAX.. => Err(Ending::Silent),
+            // Its answer would wait behind what the client does not take.
+            _ if self.flushing => Ok(()),
+            _ => self.send(Message::Ping(bytes::Bytes::new())),
+        }
     }
 
     /// Sets the timer to the deadline, or to that of the first subscription held back.
@@ -295,7 +325,15 @@ impl Connection {
         let (released, held) = std::mem::take(&mut self.held).into_iter().partition(|(at, _)| *at <= now);
         self.held = held;
         let released: Vec<(Instant, Slot)> = released;
-        self.dirty.extend(released.into_iter().map(|(_, slot)| slot));
+        released.into_iter().for_each(|(_, slot)| self.mark(slot));
+    }
+
+    /// Notes that a subscription may have something to say. Once: a client that sends and does not read would have the
+    /// list grow.
+    fn mark(&mut self, slot: Slot) {
+        if !std::mem::replace(&mut self.subscriptions[slot.0 as usize].dirty, true) {
+            self.dirty.push(slot);
+        }
     }
 
     /// The subscription to a document, made if there is none.
@@ -323,6 +361,7 @@ impl Connection {
             session,
             last_sent: now - GATHER,
             held: false,
+            dirty: false,
             reported: Vec::new(),
         });
         self.watch_others(slot);
@@ -332,6 +371,10 @@ impl Connection {
     /// Lets what is being committed finish and be acknowledged, then ends.
     async fn wind_down(&mut self) -> Ending {
         let patience = self.node.settings.drain() / 4;
+        // What was held back in order to gather more goes out now.
+        self.answers_each = false;
+        let held = std::mem::take(&mut self.held);
+        held.into_iter().for_each(|(_, slot)| self.mark(slot));
         let _ = tokio::time::timeout(patience, async {
             let _committed = self.uncommitted.acquire(UNCOMMITTED_BYTES_MAX).await;
             self.acknowledge_all().await
@@ -348,18 +391,45 @@ impl Connection {
                     .map_err(|_| Ending::Gone)?;
                 self.flushing = false;
             }
+            self.woken = true;
             self.fill().await?;
             if !self.flushing {
                 return Ok(());
             }
         }
     }
+}
 
-    fn leave(self) -> WebSocket {
-        for subscription in self.subscriptions {
-            subscription.document.unsubscribe(subscription.key);
+/// The connection's place among the joined ones; it is left with the value.
+struct Entered {
+    node: Arc<Node>,
+    peer: PeerId,
+    number: u64,
+}
+
+impl Entered {
+    fn new(node: &Arc<Node>, peer: &PeerId, outbox: &Arc<Outbox>) -> Self {
+        let number = node.sessions.enter(peer, outbox);
+        if node.is_draining() {
+            // It joined after those who are here were told to go.
+            outbox.close(Closing::Drain);
         }
-        self.socket
+        Self { node: node.clone(), peer: peer.clone(), number }
+    }
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        self.node.sessions.leave(&self.peer, self.number);
+    }
+}
+
+/// Tells a broken connection from a frame that the WebSocket layer refused.
+fn read_failed(error: &axum::Error) -> Ending {
+    let text = error.to_string();
+    match text.contains("too long") || text.contains("too big") {
+        true => Ending::protocol("frame_too_large", text),
+        false => Ending::Gone,
     }
 }
 
@@ -375,7 +445,8 @@ async fn join(node: &Node, socket: &mut WebSocket) -> Result<(PeerId, PeerMetada
             Some(Ok(Message::Binary(frame))) => break frame,
             Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
             Some(Ok(Message::Text(_))) => return Err(Ending::protocol("text_frame", "frames are binary")),
-            Some(Ok(Message::Close(_)) | Err(_)) | None => return Err(Ending::Gone),
+            Some(Err(error)) => return Err(read_failed(&error)),
+            Some(Ok(Message::Close(_))) | None => return Err(Ending::Gone),
         }
     };
     node.metrics.frames_received.increment(1);

@@ -223,6 +223,8 @@ impl Documents {
                 resident_bytes -= bytes;
             }
         }
+        // Left behind by loads that failed, with nobody waiting for another attempt.
+        self.slots.lock().retain(|_, slot| slot.initialized() || Arc::strong_count(slot) > 1);
         self.metrics.pending_changes.set(pending as f64);
         self.metrics.resident_bytes.set(resident_bytes as f64);
         self.metrics.documents_resident.set(self.slots.lock().len() as f64);

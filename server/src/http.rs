@@ -5,14 +5,18 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::ws::WebSocketUpgrade;
-use axum::extract::{FromRequestParts, Request, State};
+use axum::extract::{ConnectInfo, FromRequestParts, Request, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use crate::connection::Connection;
 use crate::node::Node;
+pub use listener::{CountingListener, Traffic};
+
+mod listener;
 
 /// How long a readiness check may wait for the database.
 const READY_TIMEOUT: Duration = Duration::from_secs(2);
@@ -71,6 +75,8 @@ async fn metrics(State(shared): State<Shared>) -> Response {
 /// A client's WebSocket; anybody else gets a sentence.
 async fn client(State(shared): State<Shared>, request: Request) -> Response {
     let (mut parts, _) = request.into_parts();
+    let traffic =
+        parts.extensions.get::<ConnectInfo<Traffic>>().map_or_else(Traffic::default, |it| it.0.clone());
     let upgrade = match WebSocketUpgrade::from_request_parts(&mut parts, &()).await {
         Ok(upgrade) => upgrade,
         Err(_) => {
@@ -91,10 +97,27 @@ async fn client(State(shared): State<Shared>, request: Request) -> Response {
         .max_message_size(node.settings.frame_bytes_max)
         .max_frame_size(node.settings.frame_bytes_max)
         .on_upgrade(async move |socket| {
-            node.metrics.connections.increment(1.0);
-            node.metrics.connections_opened.increment(1);
-            Box::pin(Connection::serve(node.clone(), socket)).await;
-            node.metrics.connections.decrement(1.0);
-            drop(token);
+            let _open = Open::new(node.clone(), token);
+            Box::pin(Connection::serve(node, socket, traffic)).await;
         })
+}
+
+/// An open connection, counted until the value is dropped.
+struct Open {
+    node: Arc<Node>,
+    _token: TaskTrackerToken,
+}
+
+impl Open {
+    fn new(node: Arc<Node>, token: TaskTrackerToken) -> Self {
+        node.metrics.connections.increment(1.0);
+        node.metrics.connections_opened.increment(1);
+        Self { node, _token: token }
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.node.metrics.connections.decrement(1.0);
+    }
 }

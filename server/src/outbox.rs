@@ -6,10 +6,12 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll};
 
+use futures_util::task::AtomicWaker;
 use isobar_protocol::ids::DocumentId;
 use parking_lot::Mutex;
-use tokio::sync::Notify;
 
 /// Lossy frames that wait on one connection at most. Presence sends a few a second for each person in a document.
 const FRAMES_MAX: usize = 256;
@@ -41,7 +43,7 @@ pub enum LossyFrame {
 impl LossyFrame {
     fn bytes(&self) -> usize {
         match self {
-            LossyFrame::Ephemeral(it) => it.data.len() + 256,
+            LossyFrame::Ephemeral(it) => it.data.len() + it.session.len() + 256,
             LossyFrame::RemoteHeads { heads, .. } => heads.heads.len() * 64 + 256,
         }
     }
@@ -68,7 +70,8 @@ struct Waiting {
 #[derive(Debug, Default)]
 pub struct Outbox {
     waiting: Mutex<Waiting>,
-    wake: Notify,
+    woken: AtomicBool,
+    waker: AtomicWaker,
 }
 
 impl Outbox {
@@ -76,11 +79,15 @@ impl Outbox {
     /// it is taken.
     pub fn mark(&self, slot: Slot) {
         self.waiting.lock().dirty.push(slot);
-        self.wake.notify_one();
+        self.wake();
     }
 
     /// Queues a frame; returns how many older ones were dropped to make room.
     pub fn push(&self, frame: LossyFrame) -> u64 {
+        if frame.bytes() > FRAME_BYTES_MAX {
+            // It shall not push everybody else's out before it is dropped itself.
+            return 1;
+        }
         let mut dropped = 0;
         {
             let mut waiting = self.waiting.lock();
@@ -92,14 +99,14 @@ impl Outbox {
                 dropped += 1;
             }
         }
-        self.wake.notify_one();
+        self.wake();
         dropped
     }
 
     /// Asks the connection to end.
     pub fn close(&self, closing: Closing) {
         self.waiting.lock().closing.get_or_insert(closing);
-        self.wake.notify_one();
+        self.wake();
     }
 
     /// Why the connection is asked to end, if it is.
@@ -107,15 +114,23 @@ impl Outbox {
         self.waiting.lock().closing
     }
 
-    /// Resolves when something waits. May resolve once too often.
-    pub async fn woken(&self) {
-        self.wake.notified().await;
+    fn wake(&self) {
+        if !self.woken.swap(true, Ordering::AcqRel) {
+            self.waker.wake();
+        }
+    }
+
+    /// Ready, once, when something has come to wait since it was last ready. For the connection's task alone.
+    pub fn poll_woken(&self, context: &mut Context<'_>) -> Poll<()> {
+        // Registered first: what comes between the two lines wakes the task.
+        self.waker.register(context.waker());
+        if self.woken.swap(false, Ordering::AcqRel) { Poll::Ready(()) } else { Poll::Pending }
     }
 
     /// Takes all that waits; the vector is reused.
-    pub fn take(&self, dirty: &mut Vec<Slot>) -> VecDeque<LossyFrame> {
+    pub fn take(&self, marked: &mut Vec<Slot>) -> VecDeque<LossyFrame> {
         let mut waiting = self.waiting.lock();
-        dirty.append(&mut waiting.dirty);
+        marked.append(&mut waiting.dirty);
         waiting.frame_bytes = 0;
         std::mem::take(&mut waiting.frames)
     }

@@ -12,7 +12,8 @@
 //!    machine as far as the database promises that.
 //! 2. **Dense, commit-ordered log.** The entries of an origin are numbered 1, 2, 3, … without a gap, in the order
 //!    of their commits. The counter row is raised in the transaction that inserts the entries.
-//! 3. **Each change once.** Appending a change that the document already holds leaves its bytes as they are.
+//! 3. **Each change once.** Appending a change that the document already holds leaves its bytes as they are, and
+//!    [`Storage::load_document`] returns it once. (It may occupy its space twice until it is pruned.)
 //! 4. **Fenced.** Only the latest incarnation of an origin may append; an older one gets
 //!    [`StorageError::Fenced`] and nothing is stored.
 //! 5. **Definite.** An append that fails with [`StorageError::Transient`] may be repeated as it stands: the caller
@@ -33,9 +34,11 @@
 //! 11. **Independent documents.** No call about one document reads or locks another's rows, except that appends
 //!     share the origin's counter.
 
+mod bundle;
 mod failure;
 mod log_run;
 pub mod memory;
+mod packing;
 pub mod postgres;
 mod schema;
 pub mod sqlite;
@@ -175,7 +178,8 @@ pub trait Storage: Send + Sync + 'static {
     ) -> Result<ClaimedOrigin, StorageError>;
 
     /// Appends a batch under `origin`, whose first entry shall be `first_seq` (the caller counts; clauses 1–5).
-    /// A document that does not exist is created in the origin's placement group. Returns the last seq written.
+    /// A document that does not exist is created in the origin's placement group. Returns the last seq written;
+    /// `first_seq - 1` for a batch without changes, which does nothing.
     ///
     /// # Panics
     /// If the counter is not at `first_seq - 1` nor at this very batch's end although the incarnation is current:
@@ -197,6 +201,7 @@ pub trait Storage: Send + Sync + 'static {
     async fn read_base_index(&self, document: &DocumentId) -> Result<Option<(u64, Bytes)>, StorageError>;
 
     /// Replaces the base of generation `replaces` (0: there is none yet). Returns the new generation (clause 7).
+    /// A document that does not exist has no base to replace and gets none: a conflict.
     async fn install_base(
         &self,
         document: &DocumentId,
@@ -204,14 +209,15 @@ pub trait Storage: Send + Sync + 'static {
         base: NewBase,
     ) -> Result<u64, StorageError>;
 
-    /// Removes changes that the base covers. Callers pass at most a few thousand at a time, so that appends are not
-    /// held up.
+    /// Removes changes that the base covers; unknown ones are passed over. Callers pass at most a few thousand at a
+    /// time, so that appends are not held up, and roughly in the order in which they were appended: changes that came
+    /// together are stored together, and leave at the least cost together.
     async fn prune_changes(&self, document: &DocumentId, covered: &[ChangeHash]) -> Result<(), StorageError>;
 
     /// Records that the tail holds no covered change any more, if `generation` is still the current base.
     async fn finish_prune(&self, document: &DocumentId, generation: u64) -> Result<(), StorageError>;
 
-    /// Sets a document's state.
+    /// Sets a document's state, if the document exists.
     async fn set_state(&self, document: &DocumentId, state: &DocumentState) -> Result<(), StorageError>;
 
     /// Up to `limit` log entries of `origin` after seq `after`, in order (clauses 2 and 8).
@@ -219,7 +225,7 @@ pub trait Storage: Send + Sync + 'static {
     -> Result<Vec<LogEntry>, StorageError>;
 
     /// Removes the entries of `origin` up to and including `up_to` (clause 8). An implementation may keep a few more
-    /// than asked where entries are stored in runs.
+    /// than asked where entries are stored in runs, and keeps the run of the last append in any case (clause 5).
     async fn truncate_log(&self, origin: OriginId, up_to: Seq) -> Result<(), StorageError>;
 
     /// Sizes, for metrics.

@@ -1,24 +1,33 @@
-//! Changes that wait for a dependency: bounded, and found again by the hash they wait for.
+//! Changes that wait for dependencies: bounded, and found again by the hashes they wait for.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 use crate::change::Change;
 use crate::config::Limits;
 use crate::ids::ChangeHash;
 
-/// What a waiting change costs beside its bytes: the parsed header and two map entries.
+/// What a waiting change costs beside its bytes: the parsed header and a map entry.
 const OVERHEAD_BYTES: usize = 512;
+
+/// What each of its dependencies costs: its hash, and an entry of those who wait.
+const DEPENDENCY_BYTES: usize = 128;
 
 #[derive(Debug, Default)]
 pub(super) struct Pending {
-    changes: HashMap<ChangeHash, Change>,
-    /// For a missing hash: who waits for it. Each change waits for one missing dependency at a time.
-    waiting: HashMap<ChangeHash, Vec<ChangeHash>>,
+    changes: HashMap<ChangeHash, Waiting>,
+    /// Pairs of a missing hash and a change that waits for it.
+    awaited: BTreeSet<(ChangeHash, ChangeHash)>,
     bytes: usize,
 }
 
+#[derive(Debug)]
+struct Waiting {
+    change: Change,
+    missing: usize,
+}
+
 fn cost_bytes(change: &Change) -> usize {
-    change.bytes.len() + OVERHEAD_BYTES + 32 * change.deps.len()
+    change.bytes.len() + OVERHEAD_BYTES + DEPENDENCY_BYTES * change.deps.len()
 }
 
 impl Pending {
@@ -34,29 +43,67 @@ impl Pending {
         self.changes.contains_key(hash)
     }
 
-    /// Returns false, and changes nothing, if there is no room.
-    pub(super) fn insert(&mut self, change: Change, missing: ChangeHash, limits: &Limits) -> bool {
+    /// Whether any change waits for `hash`.
+    pub(super) fn awaits(&self, hash: &ChangeHash) -> bool {
+        self.waiters(hash).next().is_some()
+    }
+
+    fn waiters(&self, hash: &ChangeHash) -> impl Iterator<Item = ChangeHash> {
+        let range = (*hash, ChangeHash([0; 32]))..=(*hash, ChangeHash([255; 32]));
+        self.awaited.range(range).map(|(_, waiter)| *waiter)
+    }
+
+    /// Keeps a change that lacks these dependencies. Returns false, and changes nothing, if there is no room.
+    pub(super) fn insert(&mut self, change: Change, missing: &[ChangeHash], limits: &Limits) -> bool {
         let bytes = self.bytes + cost_bytes(&change);
         if self.changes.len() >= limits.pending_changes_max || bytes > limits.pending_bytes_max {
             return false;
         }
-        self.wait_again(change, missing);
+        self.put_back(change, missing);
         true
     }
 
-    /// Puts back a change that was taken and lacks another dependency.
-    pub(super) fn wait_again(&mut self, change: Change, missing: ChangeHash) {
+    /// As [`Self::insert`], for a change that was here a moment ago.
+    pub(super) fn put_back(&mut self, change: Change, missing: &[ChangeHash]) {
         self.bytes += cost_bytes(&change);
-        self.waiting.entry(missing).or_default().push(change.hash);
-        self.changes.insert(change.hash, change);
+        self.awaited.extend(missing.iter().map(|dependency| (*dependency, change.hash)));
+        self.changes.insert(change.hash, Waiting { change, missing: missing.len() });
     }
 
-    /// Removes and returns the changes that waited for `hash`.
-    pub(super) fn take_waiting_on(&mut self, hash: &ChangeHash) -> Vec<Change> {
-        let waiting = self.waiting.remove(hash).unwrap_or_default();
-        let taken: Vec<Change> = waiting.iter().filter_map(|hash| self.changes.remove(hash)).collect();
-        self.bytes -= taken.iter().map(cost_bytes).sum::<usize>();
-        taken
+    /// Notes that `hash` is here. Removes and returns the changes that wait for nothing else.
+    pub(super) fn arrived(&mut self, hash: &ChangeHash) -> Vec<Change> {
+        let waiters: Vec<ChangeHash> = self.waiters(hash).collect();
+        let mut ready = Vec::new();
+        for waiter in waiters {
+            self.awaited.remove(&(*hash, waiter));
+            let waiting = self.changes.get_mut(&waiter).expect("whoever waits is pending");
+            waiting.missing -= 1;
+            if waiting.missing == 0 {
+                ready.extend(self.remove(&waiter));
+            }
+        }
+        ready
+    }
+
+    fn remove(&mut self, hash: &ChangeHash) -> Option<Change> {
+        let Waiting { change, .. } = self.changes.remove(hash)?;
+        self.bytes -= cost_bytes(&change);
+        for dependency in &change.deps {
+            self.awaited.remove(&(*dependency, change.hash));
+        }
+        Some(change)
+    }
+
+    /// Drops every change that waits for `hash`, which was refused, and those that wait for them.
+    pub(super) fn drop_dependents(&mut self, hash: ChangeHash) {
+        let mut refused = vec![hash];
+        while let Some(hash) = refused.pop() {
+            let waiters: Vec<ChangeHash> = self.waiters(&hash).collect();
+            for waiter in waiters {
+                self.remove(&waiter);
+                refused.push(waiter);
+            }
+        }
     }
 
     /// The hashes that are neither pending nor `known`, on the way down from those `heads` that are pending.
@@ -65,12 +112,12 @@ impl Pending {
         heads: &[ChangeHash],
         known: impl Fn(&ChangeHash) -> bool,
     ) -> Vec<ChangeHash> {
-        let mut missing = HashSet::new();
+        let mut missing = BTreeSet::new();
         let mut visited = HashSet::new();
         let mut stack: Vec<ChangeHash> = heads.iter().filter(|head| self.contains(head)).copied().collect();
         while let Some(hash) = stack.pop() {
             match self.changes.get(&hash) {
-                Some(change) if visited.insert(hash) => stack.extend(change.deps.iter()),
+                Some(waiting) if visited.insert(hash) => stack.extend(waiting.change.deps.iter()),
                 Some(_) => {}
                 None if known(&hash) => {}
                 None => {
@@ -78,8 +125,6 @@ impl Pending {
                 }
             }
         }
-        let mut missing: Vec<ChangeHash> = missing.into_iter().collect();
-        missing.sort_unstable();
-        missing
+        missing.into_iter().collect()
     }
 }

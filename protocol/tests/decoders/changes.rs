@@ -7,9 +7,9 @@ use isobar_protocol::chunk::{Chunk, chunks};
 use isobar_protocol::config::Limits;
 use proptest::collection::vec;
 use proptest::prelude::*;
-use sha2::{Digest, Sha256};
 
 use crate::authors::follow;
+use crate::draft::sealed_as;
 
 fn script() -> impl Strategy<Value = Vec<u8>> {
     vec(any::<u8>(), 0..180)
@@ -29,19 +29,6 @@ fn assert_equal(ours: &Change, theirs: &automerge::Change) {
 
 fn hashes(list: &[automerge::ChangeHash]) -> Vec<[u8; 32]> {
     list.iter().map(|hash| hash.0).collect()
-}
-
-/// A chunk around these contents, with the checksum and length that belong to them.
-pub fn sealed_as(kind: u8, data: &[u8]) -> Vec<u8> {
-    let mut length = Vec::new();
-    let mut rest = data.len();
-    while rest >= 0x80 {
-        length.push(rest as u8 | 0x80);
-        rest >>= 7;
-    }
-    length.push(rest as u8);
-    let hash = Sha256::new().chain_update([kind]).chain_update(&length).chain_update(data).finalize();
-    [&[0x85, 0x6f, 0x4a, 0x83][..], &hash[..4], &[kind], &length, data].concat()
 }
 
 fn sealed(data: &[u8]) -> Bytes {

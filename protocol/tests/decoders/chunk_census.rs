@@ -11,7 +11,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 
 use crate::authors::follow;
-use crate::changes::sealed_as;
+use crate::draft::sealed_as;
 
 fn only_chunk(bytes: Vec<u8>) -> Chunk {
     let mut all = chunks(Bytes::from(bytes));

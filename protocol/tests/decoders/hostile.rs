@@ -7,94 +7,9 @@ use isobar_protocol::change::{Change, ChangeError, ColumnProblem};
 use isobar_protocol::chunk::{ChunkError, InflationProblem};
 use isobar_protocol::config::{Limits, MAX_OP_MAX};
 
-use crate::changes::sealed_as;
-
-const OBJECT_ACTOR: u32 = 1;
-const OBJECT_COUNTER: u32 = 2;
-const KEY_ACTOR: u32 = 17;
-const KEY_COUNTER: u32 = 19;
-const KEY_TEXT: u32 = 21;
-const INSERT: u32 = 52;
-const ACTION: u32 = 66;
-const VALUE_TYPE: u32 = 86;
-const VALUE: u32 = 87;
-const PREDECESSORS: u32 = 112;
-const PREDECESSOR_ACTOR: u32 = 113;
-const PREDECESSOR_COUNTER: u32 = 115;
-const EXPAND: u32 = 148;
-
-/// The fields of a change, to be spoilt.
-#[derive(Clone)]
-struct Draft {
-    deps: Vec<[u8; 32]>,
-    actor: Vec<u8>,
-    seq: u64,
-    start_op: u64,
-    message: Vec<u8>,
-    other_actors: Vec<Vec<u8>>,
-    columns: Vec<(u32, Vec<u8>)>,
-}
+use crate::draft::*;
 
 impl Draft {
-    /// Two operations: "a" is 1 and "b" is 2.
-    fn honest() -> Self {
-        Self {
-            deps: vec![[1; 32], [2; 32]],
-            actor: vec![5; 16],
-            seq: 3,
-            start_op: 10,
-            message: b"done".to_vec(),
-            other_actors: Vec::new(),
-            columns: vec![
-                (KEY_TEXT, vec![0x7e, 1, b'a', 1, b'b']),
-                (INSERT, vec![2]),
-                (ACTION, vec![2, 1]),
-                (VALUE_TYPE, vec![2, 0x14]),
-                (VALUE, vec![1, 2]),
-                (PREDECESSORS, vec![2, 0]),
-            ],
-        }
-    }
-
-    fn with(mut self, column: u32, bytes: &[u8]) -> Self {
-        self.columns.retain(|(name, _)| *name != column);
-        if !bytes.is_empty() {
-            self.columns.push((column, bytes.to_vec()));
-        }
-        self.columns.sort_by_key(|(name, _)| *name & !8);
-        self
-    }
-
-    /// Both operations are given one predecessor, of the actor and with the counters that the columns say.
-    fn with_predecessors(self, actors: &[u8], counters: &[u8]) -> Self {
-        self.with(PREDECESSORS, &[2, 1]).with(PREDECESSOR_ACTOR, actors).with(PREDECESSOR_COUNTER, counters)
-    }
-
-    fn with_others(mut self, others: &[&[u8]]) -> Self {
-        self.other_actors = others.iter().map(|actor| actor.to_vec()).collect();
-        self
-    }
-
-    fn data(&self) -> Vec<u8> {
-        let mut out = Vec::new();
-        unsigned(&mut out, self.deps.len() as u64);
-        self.deps.iter().for_each(|hash| out.extend_from_slice(hash));
-        prefixed(&mut out, &self.actor);
-        unsigned(&mut out, self.seq);
-        unsigned(&mut out, self.start_op);
-        out.push(0);
-        prefixed(&mut out, &self.message);
-        unsigned(&mut out, self.other_actors.len() as u64);
-        self.other_actors.iter().for_each(|actor| prefixed(&mut out, actor));
-        unsigned(&mut out, self.columns.len() as u64);
-        for (name, bytes) in &self.columns {
-            unsigned(&mut out, u64::from(*name));
-            unsigned(&mut out, bytes.len() as u64);
-        }
-        self.columns.iter().for_each(|(_, bytes)| out.extend_from_slice(bytes));
-        out
-    }
-
     fn decode(&self) -> Result<Change, ChangeError> {
         Change::decode(sealed_as(1, &self.data()).into(), &Limits::default())
     }
@@ -102,19 +17,6 @@ impl Draft {
     fn automerge_accepts(&self) -> bool {
         automerge::Change::from_bytes(sealed_as(1, &self.data())).is_ok()
     }
-}
-
-fn unsigned(out: &mut Vec<u8>, mut value: u64) {
-    while value >= 0x80 {
-        out.push(value as u8 | 0x80);
-        value >>= 7;
-    }
-    out.push(value as u8);
-}
-
-fn prefixed(out: &mut Vec<u8>, bytes: &[u8]) {
-    unsigned(out, bytes.len() as u64);
-    out.extend_from_slice(bytes);
 }
 
 fn refusal(draft: Draft) -> ChangeError {
@@ -343,6 +245,20 @@ fn actions_and_values_fit_each_other() {
     assert!(action(5, 0x14, &[1, 2]).decode().is_ok());
     assert_refused(action(3, 0, &[]), ACTION, ColumnProblem::Value);
     assert_refused(action(0, 0x14, &[1, 2]), ACTION, ColumnProblem::Value);
+    // Deletions and increments of elements that they would insert themselves.
+    let inserting = |action| {
+        let elements =
+            Draft::honest().with(KEY_TEXT, &[]).with(KEY_ACTOR, &[2, 0]).with(KEY_COUNTER, &[0x7e, 5, 1]);
+        let elements = elements.with(ACTION, &[2, action]).with_predecessors(&[2, 0], &[0x7e, 5, 1]);
+        match action {
+            5 => elements.with(VALUE_TYPE, &[2, 0x14]).with(VALUE, &[1, 2]),
+            _ => elements.with(VALUE_TYPE, &[2, 0]).with(VALUE, &[]),
+        }
+    };
+    for action in [3, 5] {
+        assert!(inserting(action).decode().is_ok());
+        assert_refused(inserting(action).with(INSERT, &[0, 2]), ACTION, ColumnProblem::Value);
+    }
     assert!(action(0, 0, &[]).decode().is_ok());
     // A mark is an insert.
     assert_refused(action(7, 0, &[]), ACTION, ColumnProblem::Value);

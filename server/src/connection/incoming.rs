@@ -20,9 +20,11 @@ use crate::telemetry::MaterialiseReason;
 /// More bytes of changes than this are taken apart on a blocking thread: hashing them takes milliseconds.
 const PARSE_INLINE_BYTES: usize = 128 << 10;
 
+/// Longest session id of an ephemeral message: a document remembers it. Stock clients use a dozen characters.
+const SESSION_ID_BYTES_MAX: usize = 256;
+
 impl Connection {
     pub(super) async fn receive(&mut self, message: Message) -> Result<(), Ending> {
-        self.last_heard = Instant::now();
         match message {
             Message::Binary(frame) => self.receive_frame(frame).await,
             Message::Ping(_) => {
@@ -50,6 +52,9 @@ impl Connection {
             ClientFrame::Sync { document, data, .. } => {
                 let data = frame.slice_ref(data);
                 self.receive_sync(document, data).await
+            }
+            ClientFrame::Ephemeral { session_id, .. } if session_id.len() > SESSION_ID_BYTES_MAX => {
+                Err(Ending::protocol("malformed_frame", "the session id is too long"))
             }
             ClientFrame::Ephemeral { document, session_id, count, data, .. } => {
                 let message = Ephemeral {
@@ -90,7 +95,7 @@ impl Connection {
         let state = subscription.document.lock();
         subscription.session.receive(message, incoming.positions, state.graph());
         drop(state);
-        self.dirty.push(slot);
+        self.mark(slot);
         Ok(())
     }
 
@@ -99,7 +104,7 @@ impl Connection {
         let subscription = &self.subscriptions[slot.0 as usize];
         let quarantined = subscription.document.lock().is_quarantined();
         if message.changes.is_empty() || subscription.session.is_read_only() || quarantined {
-            return Ok(Incoming::new(Vec::new(), None));
+            return Ok(Incoming::none());
         }
         let bytes: usize = message.changes.iter().map(Bytes::len).sum();
         // Before the work, so that a client that floods waits with little held for it.
@@ -108,7 +113,7 @@ impl Connection {
         for entry in &message.changes {
             changes.extend(take_apart(&self.node, entry.clone()).await?);
         }
-        Ok(Incoming::new(changes, Some(permits)))
+        Ok(Incoming::new(changes, permits))
     }
 
     /// Offers changes to the document's graph, some at a time, loading the base's index if they refer to its inside.

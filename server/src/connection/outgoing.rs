@@ -19,12 +19,19 @@ impl Connection {
     /// Writes what there is to say, up to what the socket should be given at once; the rest stays marked.
     pub(super) async fn fill(&mut self) -> Result<(), Ending> {
         let mut written = 0;
-        for frame in self.outbox.take(&mut self.dirty) {
-            written += self.send_lossy(frame)?;
+        if std::mem::take(&mut self.woken) {
+            let mut marked = std::mem::take(&mut self.marked);
+            let frames = self.outbox.take(&mut marked);
+            marked.drain(..).for_each(|slot| self.mark(slot));
+            self.marked = marked;
+            for frame in frames {
+                written += self.send_lossy(frame)?;
+            }
         }
         let mut next = 0;
         while next < self.dirty.len() && written < WRITE_BYTES {
             let slot = self.dirty[next];
+            self.subscriptions[slot.0 as usize].dirty = false;
             next += 1;
             written += self.send_sync(slot).await?;
         }

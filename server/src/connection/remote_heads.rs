@@ -52,7 +52,7 @@ impl Connection {
         for slot in (0..self.subscriptions.len() as u32).map(Slot) {
             self.subscriptions[slot.0 as usize].reported.clear();
             self.watch_others(slot);
-            self.dirty.push(slot);
+            self.mark(slot);
         }
     }
 

@@ -26,6 +26,9 @@ use crate::storage::StoredChange;
 /// Changes offered to a graph under one hold of its lock. Other sessions of the document wait some milliseconds.
 const INGEST_PER_LOCK: usize = 1_000;
 
+/// Heads of another storage that are remembered and passed on. A document has one for each author who is writing.
+const REMOTE_HEADS_MAX: usize = 256;
+
 /// Raw changes kept behind the newest when a base is made, so that clients that were away for a moment still get
 /// single changes: a browser pays half a second to merge a whole document, and a tenth for a few changes.
 pub(super) const TAIL_CHANGES_KEPT: u64 = 1_024;
@@ -84,12 +87,17 @@ pub struct Incoming {
     changes: std::collections::VecDeque<Change>,
     /// Where those stand that are in the graph now.
     pub positions: Vec<u64>,
-    permits: Option<[Permit; 2]>,
+    permits: Option<Arc<[Permit; 2]>>,
 }
 
 impl Incoming {
-    pub fn new(changes: Vec<Change>, permits: Option<[Permit; 2]>) -> Self {
-        Self { changes: changes.into(), positions: Vec::new(), permits }
+    /// Nothing.
+    pub fn none() -> Self {
+        Self { changes: Default::default(), positions: Vec::new(), permits: None }
+    }
+
+    pub fn new(changes: Vec<Change>, permits: [Permit; 2]) -> Self {
+        Self { changes: changes.into(), positions: Vec::new(), permits: Some(Arc::new(permits)) }
     }
 }
 
@@ -173,8 +181,7 @@ impl Document {
         if end > start {
             let changes = state.graph.changes(start..end);
             let changes = changes.map(|(hash, bytes)| StoredChange { hash, bytes: bytes.clone() }).collect();
-            // The room is given back when the last of the message is durable.
-            let permits = if step == IngestStep::Done { incoming.permits.take() } else { None };
+            let permits = incoming.permits.clone().expect("whoever brings changes has room for them");
             committer.submit(Submission { document: self.clone(), changes, end, permits });
         }
         step
@@ -245,6 +252,9 @@ impl Document {
 
     /// Notes what another storage has, if it is newer than what is known, and tells those who watch.
     pub fn note_remote_heads(&self, heads: RemoteHeads, from: SubscriberKey) {
+        if heads.heads.len() > REMOTE_HEADS_MAX {
+            return;
+        }
         let mut state = self.lock();
         let newer = match state.remote_heads.get(&heads.storage_id) {
             Some(known) => heads.timestamp > known.timestamp,

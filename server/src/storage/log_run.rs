@@ -14,6 +14,7 @@
 
 use isobar_protocol::ids::{ChangeHash, DocumentId, Incarnation, Seq};
 
+use super::packing::{push_leb128, take, take_leb128};
 use super::{ClaimedOrigin, DocumentAppend, LogEntry, StorageError};
 
 const VERSION: u8 = 1;
@@ -88,32 +89,6 @@ fn decode(mut bytes: &[u8], first: Seq, mut each: impl FnMut(Seq, &DocumentId, C
         }
     }
     Some(seq)
-}
-
-fn take<'a>(bytes: &mut &'a [u8], count: usize) -> Option<&'a [u8]> {
-    let (taken, rest) = bytes.split_at_checked(count)?;
-    *bytes = rest;
-    Some(taken)
-}
-
-fn push_leb128(bytes: &mut Vec<u8>, mut value: u64) {
-    while value >= 0x80 {
-        bytes.push(value as u8 | 0x80);
-        value >>= 7;
-    }
-    bytes.push(value as u8);
-}
-
-fn take_leb128(bytes: &mut &[u8]) -> Option<u64> {
-    let mut value = 0;
-    for shift in (0..63).step_by(7) {
-        let byte = take(bytes, 1)?[0];
-        value |= u64::from(byte & 0x7f) << shift;
-        if byte & 0x80 == 0 {
-            return Some(value);
-        }
-    }
-    None
 }
 
 /// Gathers up to `limit` entries after `after` from runs that follow each other (clause 8).

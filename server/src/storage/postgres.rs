@@ -6,10 +6,13 @@
 //!
 //! Appends have connections of their own, so that loads cannot hold them up.
 
+mod append;
 mod connections;
+mod open;
+mod prune;
 mod statistics;
 
-use std::str::FromStr;
+use std::collections::HashSet;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -18,19 +21,19 @@ use isobar_protocol::ids::{
     ChangeHash, DocumentId, Incarnation, OriginId, PlacementGroup, RegionName, Seq, StorageId,
 };
 use sqlx::error::DatabaseError;
-use sqlx::migrate::Migrator;
-use sqlx::postgres::{PgArguments, PgConnectOptions, PgConnection, PgQueryResult, PgRow};
+use sqlx::postgres::{PgArguments, PgConnection, PgQueryResult, PgRow};
 use sqlx::query::Query;
-use sqlx::{ConnectOptions, Connection, Postgres, Row};
+use sqlx::{Connection, Postgres, Row};
 use uuid::Uuid;
 
-use self::connections::{Connections, connect};
-use super::failure::{clamped, classify, classify_migration, intact, signed, unsigned};
+use self::connections::Connections;
+use super::bundle::Tail;
+use super::failure::{clamped, classify, intact, signed, unsigned};
 use super::log_run::{FoundCounter, LogRun, gather, judge_refused};
 use super::schema::{self, state_columns, state_from_columns};
 use super::{
     ClaimedOrigin, DocumentAppend, DocumentState, LogEntry, NewBase, Storage, StorageError,
-    StorageStatistics, StoredBase, StoredChange, StoredDocument, new_storage_id,
+    StorageStatistics, StoredBase, StoredDocument, new_storage_id,
 };
 
 /// Connections for appends. An origin's appends follow each other; this allows a few origins and the writes of
@@ -47,47 +50,6 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(15);
 /// How long a call may take that moves a whole document.
 const BULK_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How long a migration may take, including the wait for another node's.
-const MIGRATION_TIMEOUT: Duration = Duration::from_secs(600);
-
-/// Limits that the server keeps for a session whose client is gone: it shall not hold locks for long.
-/// `synchronous_commit` makes a commit wait for the disk whatever the role's or database's default is.
-const SESSION_SETTINGS: [(&str, &str); 7] = [
-    ("synchronous_commit", "on"),
-    ("statement_timeout", "60s"),
-    ("lock_timeout", "10s"),
-    ("idle_in_transaction_session_timeout", "30s"),
-    ("tcp_keepalives_idle", "15"),
-    ("tcp_keepalives_interval", "5"),
-    ("jit", "off"),
-];
-
-/// Most bytes of changes in one statement. The protocol's limit is 1 GiB, and both sides hold a statement in memory
-/// more than once.
-const STATEMENT_BYTES_MAX: usize = 32 << 20;
-
-/// The key of the advisory lock that migrations are run under: "isobar" in ASCII.
-const MIGRATION_LOCK: i64 = 0x6973_6f62_6172;
-
-const INSERT_CHANGES: &str = "\
-    INSERT INTO changes (document_id, change_hash, bytes) \
-    SELECT * FROM unnest($1::bytea[], $2::bytea[], $3::bytea[]) ON CONFLICT DO NOTHING";
-
-/// An append. The parts that insert read from `counter`, so they do nothing unless it was raised.
-const APPEND: &str = "\
-    WITH counter AS ( \
-        UPDATE origins SET seq = $2 WHERE id = $1 AND incarnation = $4 AND seq = $3 - 1 RETURNING seq \
-    ), appended AS ( \
-        INSERT INTO log (origin, last_seq, first_seq, entries) SELECT $1, $2, $3, $5 FROM counter \
-    ), created AS ( \
-        INSERT INTO documents (id, placement_group, state, created_at) \
-        SELECT d.id, $6, 0, $7 FROM counter, unnest($8::bytea[]) AS d (id) ON CONFLICT DO NOTHING \
-    ), stored AS ( \
-        INSERT INTO changes (document_id, change_hash, bytes) \
-        SELECT c.* FROM counter, unnest($9::bytea[], $10::bytea[], $11::bytea[]) AS c \
-        ON CONFLICT DO NOTHING \
-    ) SELECT seq FROM counter";
-
 type Statement<'q> = Query<'q, Postgres, PgArguments>;
 
 /// A Postgres database that is connected.
@@ -100,18 +62,7 @@ impl PostgresStorage {
     /// Connects to the database at `url` (`postgres://user:password@host:port/database`) and migrates it
     /// (clause 9).
     pub async fn connect(url: &str) -> Result<Self, StorageError> {
-        let options = PgConnectOptions::from_str(url)
-            .map_err(failed)?
-            .application_name("isobar")
-            .disable_statement_logging();
-        let mut connection = connect(&options).await?;
-        let migration = migrate(&mut connection, sqlx::migrate!("../migrations/postgres"));
-        match tokio::time::timeout(MIGRATION_TIMEOUT, migration).await {
-            Ok(outcome) => outcome?,
-            Err(_) => return Err(StorageError::Transient("the migration did not end in time".into())),
-        }
-        let _ = connection.close().await;
-        let options = options.options(SESSION_SETTINGS);
+        let options = open::open(url).await?;
         Ok(Self {
             writers: Connections::new(options.clone(), WRITERS_MAX),
             readers: Connections::new(options, READERS_MAX),
@@ -181,27 +132,6 @@ fn failed(error: sqlx::Error) -> StorageError {
     classify(error, may_pass)
 }
 
-/// Brings the schema up to date in one transaction under an advisory lock (clause 9).
-async fn migrate(connection: &mut PgConnection, mut migrator: Migrator) -> Result<(), StorageError> {
-    migrator.set_locking(false);
-    let mut transaction = connection.begin().await.map_err(failed)?;
-    sqlx::query("SELECT pg_advisory_xact_lock($1)")
-        .bind(MIGRATION_LOCK)
-        .execute(&mut *transaction)
-        .await
-        .map_err(failed)?;
-    let exists: bool = sqlx::query_scalar("SELECT to_regclass('_sqlx_migrations') IS NOT NULL")
-        .fetch_one(&mut *transaction)
-        .await
-        .map_err(failed)?;
-    if exists {
-        let newest = sqlx::query_scalar(schema::NEWEST_MIGRATION).fetch_one(&mut *transaction);
-        schema::refuse_newer(&migrator, newest.await.map_err(failed)?)?;
-    }
-    migrator.run(&mut *transaction).await.map_err(|error| classify_migration(error, may_pass))?;
-    transaction.commit().await.map_err(failed)
-}
-
 fn column<'r, T>(row: &'r PgRow, name: &str) -> Result<T, StorageError>
 where
     T: sqlx::Decode<'r, Postgres> + sqlx::Type<Postgres>,
@@ -234,93 +164,6 @@ fn document_from_row(row: &PgRow) -> Result<StoredDocument, StorageError> {
         base,
         tail: Vec::new(),
     })
-}
-
-fn change_from_row(row: &PgRow) -> Result<StoredChange, StorageError> {
-    let hash = intact(ChangeHash::from_slice(column(row, "change_hash")?))?;
-    Ok(StoredChange { hash, bytes: bytes(row, "bytes")? })
-}
-
-/// The columns of many changes, one array each.
-#[derive(Default)]
-struct ChangeColumns<'a> {
-    documents: Vec<&'a [u8]>,
-    hashes: Vec<&'a [u8]>,
-    bytes: Vec<&'a [u8]>,
-}
-
-/// Splits a batch so that each part fits a statement; the first part may be the only one.
-fn change_columns(batch: &[DocumentAppend]) -> Vec<ChangeColumns<'_>> {
-    let mut parts = vec![ChangeColumns::default()];
-    let mut part_bytes = 0;
-    for (document, change) in schema::sorted_changes(batch) {
-        if part_bytes > 0 && part_bytes + change.bytes.len() > STATEMENT_BYTES_MAX {
-            parts.push(ChangeColumns::default());
-            part_bytes = 0;
-        }
-        part_bytes += change.bytes.len();
-        let part = parts.last_mut().expect("there is a first part, and none is removed");
-        part.documents.push(document.as_bytes());
-        part.hashes.push(&change.hash.as_bytes()[..]);
-        part.bytes.push(&change.bytes);
-    }
-    parts
-}
-
-/// The append statement with a batch's first changes; whether it raised the counter.
-async fn append_first(
-    connection: &mut PgConnection,
-    origin: &ClaimedOrigin,
-    run: &LogRun,
-    changes: &ChangeColumns<'_>,
-    documents: &[&[u8]],
-) -> Result<bool, sqlx::Error> {
-    let row = sqlx::query(APPEND)
-        .bind(&origin.id.0.as_bytes()[..])
-        .bind(signed(run.last.0))
-        .bind(signed(run.first.0))
-        .bind(signed(origin.incarnation.0))
-        .bind(&run.entries)
-        .bind(origin.group.as_str())
-        .bind(schema::now_ms())
-        .bind(documents)
-        .bind(&changes.documents)
-        .bind(&changes.hashes)
-        .bind(&changes.bytes)
-        // Reads up to the server's being ready again. The row by itself says nothing: a transaction of one
-        // statement commits after its row was sent.
-        .fetch_all(connection)
-        .await?;
-    Ok(!row.is_empty())
-}
-
-/// Appends a batch in one statement, or in one transaction if it is too large for that; whether the counter was
-/// raised.
-async fn append_batch(
-    connection: &mut PgConnection,
-    origin: &ClaimedOrigin,
-    run: &LogRun,
-    batch: &[DocumentAppend],
-) -> Result<bool, sqlx::Error> {
-    let mut documents: Vec<&[u8]> = batch.iter().map(|append| append.document.as_bytes()).collect();
-    documents.sort_unstable();
-    documents.dedup();
-    let parts = change_columns(batch);
-    let (first, more) = parts.split_first().expect("there is a first part");
-    if more.is_empty() {
-        return append_first(connection, origin, run, first, &documents).await;
-    }
-    let mut transaction = connection.begin().await?;
-    let raised = append_first(&mut transaction, origin, run, first, &documents).await?;
-    if raised {
-        for part in more {
-            let query =
-                sqlx::query(INSERT_CHANGES).bind(&part.documents).bind(&part.hashes).bind(&part.bytes);
-            query.execute(&mut *transaction).await?;
-        }
-    }
-    transaction.commit().await?;
-    Ok(raised)
 }
 
 /// Replaces a base in one transaction; `false` if the one to be replaced is not there.
@@ -409,9 +252,9 @@ impl Storage for PostgresStorage {
         };
         let bytes: usize =
             batch.iter().flat_map(|append| &append.changes).map(|change| change.bytes.len()).sum();
-        let limit = if bytes > STATEMENT_BYTES_MAX { BULK_TIMEOUT } else { CALL_TIMEOUT };
+        let limit = if bytes > append::STATEMENT_BYTES_MAX { BULK_TIMEOUT } else { CALL_TIMEOUT };
         let mut lease = self.writers.lease().await?;
-        let work = append_batch(&mut lease.connection, origin, &run, batch);
+        let work = append::append_batch(&mut lease.connection, origin, &run, batch);
         let raised = self.writers.finish(limit, work).await?;
         lease.give_back();
         if raised {
@@ -424,15 +267,16 @@ impl Storage for PostgresStorage {
     async fn load_document(&self, document: &DocumentId) -> Result<Option<StoredDocument>, StorageError> {
         let query = sqlx::query(schema::LOAD_DOCUMENT).bind(document.as_bytes());
         let mut loaded = None;
-        let mut tail = Vec::new();
+        let mut tail = Tail::default();
         for row in &self.fetch_all(BULK_TIMEOUT, query).await? {
             if column::<Option<&str>>(row, "placement_group")?.is_some() {
                 loaded = Some(document_from_row(row)?);
             } else {
-                tail.push(change_from_row(row)?);
+                let first = Seq(unsigned(column(row, "first_seq")?)?);
+                tail.push(first, column(row, "hashes")?, &bytes(row, "changes")?)?;
             }
         }
-        Ok(loaded.map(|document| StoredDocument { tail, ..document }))
+        Ok(loaded.map(|document| StoredDocument { tail: tail.into_changes(), ..document }))
     }
 
     async fn read_base_chunk(&self, document: &DocumentId) -> Result<Option<(u64, Bytes)>, StorageError> {
@@ -463,9 +307,8 @@ impl Storage for PostgresStorage {
     }
 
     async fn prune_changes(&self, document: &DocumentId, covered: &[ChangeHash]) -> Result<(), StorageError> {
-        let covered: Vec<&[u8]> = covered.iter().map(|hash| &hash.as_bytes()[..]).collect();
-        let delete = "DELETE FROM changes WHERE document_id = $1 AND change_hash = ANY ($2)";
-        self.execute(sqlx::query(delete).bind(document.as_bytes()).bind(&covered)).await.map(drop)
+        let covered: HashSet<ChangeHash> = covered.iter().copied().collect();
+        prune::prune(self, document, &covered).await
     }
 
     async fn finish_prune(&self, document: &DocumentId, generation: u64) -> Result<(), StorageError> {

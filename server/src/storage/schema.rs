@@ -5,16 +5,31 @@ use sqlx::migrate::Migrator;
 use uuid::Uuid;
 
 use super::failure::intact;
-use super::{DocumentAppend, DocumentState, StorageError, StoredChange};
+use super::{DocumentAppend, DocumentState, StorageError};
 
-/// One snapshot of a document: its first row holds the document and its base, each further row a change.
+/// One snapshot of a document: one row holds the document and its base, each other row a bundle of changes.
 /// One statement, because that is what sees one snapshot in either database (clause 6).
 pub(super) const LOAD_DOCUMENT: &str = "\
     SELECT d.placement_group, d.state, d.state_reason, b.generation, b.pruned, b.chunk_bytes, b.summary, \
-           NULL AS change_hash, NULL AS bytes \
+           NULL AS first_seq, NULL AS hashes, NULL AS changes \
     FROM documents d LEFT JOIN bases b ON b.document_id = d.id WHERE d.id = $1 \
     UNION ALL \
-    SELECT NULL, NULL, NULL, NULL, NULL, NULL, NULL, change_hash, bytes FROM changes WHERE document_id = $1";
+    SELECT NULL, NULL, NULL, NULL, NULL, NULL, NULL, first_seq, hashes, changes \
+    FROM changes WHERE document_id = $1";
+
+/// The bundles of a document, without their changes.
+pub(super) const READ_BUNDLE_HASHES: &str =
+    "SELECT origin, first_seq, hashes FROM changes WHERE document_id = $1";
+
+/// Only if the bundle is still the one that was found (`$4`): another node may be pruning as well.
+pub(super) const READ_BUNDLE_CHANGES: &str = "\
+    SELECT changes FROM changes \
+    WHERE document_id = $1 AND origin = $2 AND first_seq = $3 AND hashes = $4";
+
+/// Only if the bundle is still the one that was found (`$4`).
+pub(super) const REPLACE_BUNDLE: &str = "\
+    UPDATE changes SET hashes = $5, changes = $6 \
+    WHERE document_id = $1 AND origin = $2 AND first_seq = $3 AND hashes = $4";
 
 pub(super) const READ_BASE_CHUNK: &str =
     "SELECT generation, chunk AS contents FROM base_contents WHERE document_id = $1";
@@ -74,6 +89,10 @@ pub(super) const CLAIM_ORIGIN: &str = "\
     ON CONFLICT (region, placement_group, slot) DO UPDATE SET incarnation = origins.incarnation + 1 \
     RETURNING id, incarnation, seq";
 
+/// Documents and changes; a change that stands in two bundles counts twice.
+pub(super) const COUNT_ROWS: &str = "\
+    SELECT (SELECT count(*) FROM documents), (SELECT coalesce(sum(length(hashes) / 32), 0) FROM changes)";
+
 pub(super) const NEWEST_MIGRATION: &str = "SELECT coalesce(max(version), 0) FROM _sqlx_migrations";
 
 /// Refuses a database whose newest migration this program does not know (clause 9).
@@ -99,17 +118,13 @@ pub(super) fn origin_id(bytes: &[u8]) -> Result<OriginId, StorageError> {
     Uuid::from_slice(bytes).map(OriginId).map_err(|error| StorageError::Fatal(Box::new(error)))
 }
 
-/// A batch's changes in the order of the table's key: neighbours go to the same page, and two writers that bring the
-/// same changes wait for each other in the same order instead of in a circle.
-pub(super) fn sorted_changes(batch: &[DocumentAppend]) -> Vec<(&DocumentId, &StoredChange)> {
-    let mut changes: Vec<_> = batch
-        .iter()
-        .flat_map(|append| append.changes.iter().map(move |change| (&append.document, change)))
-        .collect();
-    changes.sort_by(|(document, change), (other_document, other)| {
-        (document, change.hash).cmp(&(other_document, other.hash))
-    });
-    changes
+/// The documents of a batch, each once and in order: two writers that create the same documents wait for each other in
+/// the same order instead of in a circle.
+pub(super) fn documents(batch: &[DocumentAppend]) -> Vec<&DocumentId> {
+    let mut documents: Vec<_> = batch.iter().map(|append| &append.document).collect();
+    documents.sort_unstable();
+    documents.dedup();
+    documents
 }
 
 /// A document's state as its two columns.

@@ -6,9 +6,12 @@
 //!
 //! The file does not shrink by itself: what pruning frees is reused.
 
+mod append;
 mod open;
+mod prune;
 mod rows;
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
@@ -16,39 +19,56 @@ use bytes::Bytes;
 use isobar_protocol::ids::{
     ChangeHash, DocumentId, Incarnation, OriginId, PlacementGroup, RegionName, Seq, StorageId,
 };
-use sqlx::error::{BoxDynError, DatabaseError};
-use sqlx::sqlite::{SqliteArguments, SqliteConnection, SqliteRow};
-use sqlx::{Arguments, Connection, Row, SqlitePool};
+use sqlx::error::DatabaseError;
+use sqlx::sqlite::{SqliteConnection, SqliteRow};
+use sqlx::{Connection, Row, SqlitePool};
 use tokio::sync::{MappedMutexGuard, Mutex, MutexGuard};
 use uuid::Uuid;
 
-use self::rows::{DELETE_CHANGES, INSERT_CHANGES, INSERT_DOCUMENTS};
+use self::append::Appended;
+use super::bundle::Tail;
 use super::failure::{clamped, classify, intact, signed, unsigned};
 use super::log_run::{FoundCounter, LogRun, gather, judge_refused};
 use super::schema::{self, state_columns, state_from_columns};
 use super::{
     ClaimedOrigin, DocumentAppend, DocumentState, LogEntry, NewBase, Storage, StorageError,
-    StorageStatistics, StoredBase, StoredChange, StoredDocument, new_storage_id,
+    StorageStatistics, StoredBase, StoredDocument, new_storage_id,
 };
 
 /// A SQLite database that is open.
 pub struct SqliteStorage {
     path: PathBuf,
     /// `None` once closed.
-    writer: Mutex<Option<SqliteConnection>>,
+    writer: Mutex<Option<Writer>>,
     readers: SqlitePool,
+}
+
+struct Writer {
+    connection: SqliteConnection,
+    /// True while an append's script runs, and after one that was given up: its transaction may be open.
+    unsettled: bool,
 }
 
 impl SqliteStorage {
     /// Opens the database in the file `path`, creating file and directory as need be, and migrates it (clause 9).
     pub async fn open(path: &Path) -> Result<Self, StorageError> {
         let (writer, readers) = open::open(path).await?;
-        Ok(Self { path: path.to_owned(), writer: Mutex::new(Some(writer)), readers })
+        Ok(Self {
+            path: path.to_owned(),
+            writer: Mutex::new(Some(Writer { connection: writer, unsettled: false })),
+            readers,
+        })
+    }
+
+    async fn settled_writer(&self) -> Result<MappedMutexGuard<'_, Writer>, StorageError> {
+        let mut writer = MutexGuard::try_map(self.writer.lock().await, Option::as_mut)
+            .map_err(|_| StorageError::Fatal("the storage is closed".into()))?;
+        writer.settle().await?;
+        Ok(writer)
     }
 
     async fn writer(&self) -> Result<MappedMutexGuard<'_, SqliteConnection>, StorageError> {
-        MutexGuard::try_map(self.writer.lock().await, Option::as_mut)
-            .map_err(|_| StorageError::Fatal("the storage is closed".into()))
+        Ok(MappedMutexGuard::map(self.settled_writer().await?, |writer| &mut writer.connection))
     }
 
     async fn read_contents(
@@ -60,6 +80,22 @@ impl SqliteStorage {
         row.map_err(failed)?
             .map(|row| Ok((unsigned(column(&row, "generation")?)?, bytes(&row, "contents")?)))
             .transpose()
+    }
+}
+
+impl Writer {
+    /// Ends what an append left open.
+    async fn settle(&mut self) -> Result<(), StorageError> {
+        if !self.unsettled {
+            return Ok(());
+        }
+        match sqlx::raw_sql("ROLLBACK").execute(&mut self.connection).await {
+            // Code 1: there was nothing to roll back.
+            Err(sqlx::Error::Database(error)) if error.code().as_deref() == Some("1") => {}
+            outcome => outcome.map(drop).map_err(failed)?,
+        }
+        self.unsettled = false;
+        Ok(())
     }
 }
 
@@ -109,11 +145,6 @@ fn document_from_row(row: &SqliteRow) -> Result<StoredDocument, StorageError> {
     })
 }
 
-fn change_from_row(row: &SqliteRow) -> Result<StoredChange, StorageError> {
-    let hash = intact(ChangeHash::from_slice(column(row, "change_hash")?))?;
-    Ok(StoredChange { hash, bytes: bytes(row, "bytes")? })
-}
-
 /// Finds out what an append met whose counter was elsewhere.
 async fn read_counter(
     connection: &mut SqliteConnection,
@@ -133,56 +164,6 @@ async fn read_counter(
         seq: Seq(unsigned(column(&row, "seq")?)?),
         run_at_end: if has_run { Some(run_from_row(&row, end)?) } else { None },
     })
-}
-
-/// Raises the counter if it stands where the run begins and the incarnation is current.
-async fn raise_counter(
-    connection: &mut SqliteConnection,
-    origin: &ClaimedOrigin,
-    run: &LogRun,
-) -> Result<bool, sqlx::Error> {
-    let raised =
-        sqlx::query("UPDATE origins SET seq = $2 WHERE id = $1 AND incarnation = $3 AND seq = $4 - 1")
-            .bind(&origin.id.0.as_bytes()[..])
-            .bind(signed(run.last.0))
-            .bind(signed(origin.incarnation.0))
-            .bind(signed(run.first.0))
-            .execute(connection)
-            .await?;
-    Ok(raised.rows_affected() == 1)
-}
-
-async fn insert_batch(
-    connection: &mut SqliteConnection,
-    origin: &ClaimedOrigin,
-    run: LogRun,
-    batch: &[DocumentAppend],
-) -> Result<(), sqlx::Error> {
-    sqlx::query("INSERT INTO log (origin, last_seq, first_seq, entries) VALUES ($1, $2, $3, $4)")
-        .bind(&origin.id.0.as_bytes()[..])
-        .bind(signed(run.last.0))
-        .bind(signed(run.first.0))
-        .bind(run.entries)
-        .execute(&mut *connection)
-        .await?;
-    let created_at = schema::now_ms();
-    let bind_document = |arguments: &mut SqliteArguments, append: &DocumentAppend| {
-        arguments.add(append.document.as_bytes())?;
-        arguments.add(origin.group.as_str())?;
-        arguments.add(created_at)
-    };
-    INSERT_DOCUMENTS.run(connection, batch, bind_document).await?;
-    let changes = schema::sorted_changes(batch);
-    INSERT_CHANGES.run(connection, &changes, bind_change).await
-}
-
-fn bind_change(
-    arguments: &mut SqliteArguments,
-    (document, change): &(&DocumentId, &StoredChange),
-) -> Result<(), BoxDynError> {
-    arguments.add(document.as_bytes())?;
-    arguments.add(&change.hash.as_bytes()[..])?;
-    arguments.add(&change.bytes[..])
 }
 
 async fn found_region(connection: &mut SqliteConnection) -> Result<Option<(String, String)>, StorageError> {
@@ -246,34 +227,35 @@ impl Storage for SqliteStorage {
         let Some(run) = LogRun::pack(first_seq, batch) else {
             return Ok(Seq(first_seq.0 - 1));
         };
-        let last = run.last;
-        let mut writer = self.writer().await?;
-        // The write lock is taken at once: a transaction that begins by reading may find, when it wants to write,
-        // that it read an old state, and has to start again.
-        let mut transaction = writer.begin_with("BEGIN IMMEDIATE").await.map_err(failed)?;
-        if !raise_counter(&mut transaction, origin, &run).await.map_err(failed)? {
-            let found = read_counter(&mut transaction, origin.id, last).await?;
-            transaction.rollback().await.map_err(failed)?;
-            return judge_refused(origin, &run, found);
+        let mut writer = self.settled_writer().await?;
+        writer.unsettled = true;
+        match append::run(&mut writer.connection, origin, &run, batch).await.map_err(failed)? {
+            Appended::Committed => {
+                writer.unsettled = false;
+                Ok(run.last)
+            }
+            Appended::Refused => {
+                writer.settle().await?;
+                let found = read_counter(&mut writer.connection, origin.id, run.last).await?;
+                judge_refused(origin, &run, found)
+            }
         }
-        insert_batch(&mut transaction, origin, run, batch).await.map_err(failed)?;
-        transaction.commit().await.map_err(failed)?;
-        Ok(last)
     }
 
     async fn load_document(&self, document: &DocumentId) -> Result<Option<StoredDocument>, StorageError> {
         let rows =
             sqlx::query(schema::LOAD_DOCUMENT).bind(document.as_bytes()).fetch_all(&self.readers).await;
         let mut loaded = None;
-        let mut tail = Vec::new();
+        let mut tail = Tail::default();
         for row in &rows.map_err(failed)? {
             if column::<Option<&str>>(row, "placement_group")?.is_some() {
                 loaded = Some(document_from_row(row)?);
             } else {
-                tail.push(change_from_row(row)?);
+                let first = Seq(unsigned(column(row, "first_seq")?)?);
+                tail.push(first, column(row, "hashes")?, &bytes(row, "changes")?)?;
             }
         }
-        Ok(loaded.map(|document| StoredDocument { tail, ..document }))
+        Ok(loaded.map(|document| StoredDocument { tail: tail.into_changes(), ..document }))
     }
 
     async fn read_base_chunk(&self, document: &DocumentId) -> Result<Option<(u64, Bytes)>, StorageError> {
@@ -323,14 +305,8 @@ impl Storage for SqliteStorage {
     }
 
     async fn prune_changes(&self, document: &DocumentId, covered: &[ChangeHash]) -> Result<(), StorageError> {
-        let mut writer = self.writer().await?;
-        let mut transaction = writer.begin_with("BEGIN IMMEDIATE").await.map_err(failed)?;
-        let bind = |arguments: &mut SqliteArguments, hash: &ChangeHash| {
-            arguments.add(document.as_bytes())?;
-            arguments.add(&hash.as_bytes()[..])
-        };
-        DELETE_CHANGES.run(&mut transaction, covered, bind).await.map_err(failed)?;
-        transaction.commit().await.map_err(failed)
+        let covered: HashSet<ChangeHash> = covered.iter().copied().collect();
+        prune::prune(self, document, &covered).await
     }
 
     async fn finish_prune(&self, document: &DocumentId, generation: u64) -> Result<(), StorageError> {
@@ -383,13 +359,10 @@ impl Storage for SqliteStorage {
         Ok(())
     }
 
-    /// Counts rows, which reads the tables through.
+    /// Counts, which reads the tables through, but not what overflows from their pages.
     async fn statistics(&self) -> Result<StorageStatistics, StorageError> {
         let counted: (i64, i64) =
-            sqlx::query_as("SELECT (SELECT count(*) FROM documents), (SELECT count(*) FROM changes)")
-                .fetch_one(&self.readers)
-                .await
-                .map_err(failed)?;
+            sqlx::query_as(schema::COUNT_ROWS).fetch_one(&self.readers).await.map_err(failed)?;
         let file_bytes = ["", "-wal", "-shm"].into_iter().map(|suffix| {
             let mut name = self.path.clone().into_os_string();
             name.push(suffix);
@@ -410,7 +383,7 @@ impl Storage for SqliteStorage {
         self.readers.close().await;
         let writer = self.writer.lock().await.take();
         if let Some(writer) = writer
-            && let Err(error) = writer.close().await
+            && let Err(error) = writer.connection.close().await
         {
             tracing::warn!(%error, "closing the database failed");
         }

@@ -7,8 +7,9 @@ import { NodeFSStorageAdapter } from "@automerge/automerge-repo-storage-nodefs";
 
 import { until } from "./until.mjs";
 
-// The stock client waits five seconds; tests of reconnection need not.
-const RETRY_INTERVAL_MS = 150;
+// The stock client waits five seconds; tests of reconnection need not. It also gives up an attempt to connect after
+// this time, so that a much shorter one would never come through on a busy machine.
+const RETRY_INTERVAL_MS = 500;
 
 export class Client {
   /** Everything the server sent, in order, decoded as far as the adapter does. Bounded by the tests' length. */

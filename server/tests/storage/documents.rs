@@ -161,7 +161,7 @@ pub async fn clause_7_installing_removes_nothing_and_pruning_ends_with_its_gener
     storage.install_base(&document(1), 0, base(b"one")).await.unwrap();
     assert_eq!(load(&*storage, 1).await.tail.len(), 700);
 
-    // 333 of them, so that every size of statement is used, and some that are not there.
+    // Some that are not there among them.
     let covered: Vec<ChangeHash> = (0..333).chain(5_000..5_003).map(hash).collect();
     storage.prune_changes(&document(1), &covered).await.unwrap();
     storage.prune_changes(&document(1), &[]).await.unwrap();
@@ -178,6 +178,42 @@ pub async fn clause_7_installing_removes_nothing_and_pruning_ends_with_its_gener
     assert!(!load(&*storage, 1).await.base.unwrap().pruned);
     assert_eq!(storage.read_base_index(&document(1)).await.unwrap(), Some((3, Bytes::new())));
     assert_eq!(whole_log(&*storage, &origin).await.len(), 700);
+}
+
+pub async fn clause_7_pruning_takes_changes_out_of_whatever_they_were_appended_with(database: Database) {
+    let storage = database.open().await;
+    let origin = claim(&*storage, 0).await;
+    // Alone, by threes, and all together; 301 appends, so that every size of statement is used.
+    let mut batch: Vec<_> = (0..301).map(|number| append(1, [number])).collect();
+    batch.extend((301..601).step_by(3).map(|first| append(1, first..first + 3)));
+    batch.push(append(1, 601..701));
+    storage.append(&origin, Seq(1), &batch).await.unwrap();
+    // A change that came twice goes entirely.
+    storage.append(&origin, Seq(702), &[append(1, [2, 302, 650, 701])]).await.unwrap();
+
+    let covered: Vec<ChangeHash> = (0..701).filter(|number| number % 7 != 0).map(hash).collect();
+    storage.prune_changes(&document(1), &covered).await.unwrap();
+    let kept = (0..701).filter(|number| number % 7 == 0).chain([701]);
+    assert_eq!(tail(&*storage, 1).await, sorted(changes(kept)));
+}
+
+pub async fn clause_7_two_nodes_may_prune_a_document_at_once(database: Database) {
+    let (one, other) = (database.open().await, database.open().await);
+    let origin = claim(&*one, 0).await;
+    let batch: Vec<_> = (0..400).step_by(10).map(|first| append(1, first..first + 10)).collect();
+    one.append(&origin, Seq(1), &batch).await.unwrap();
+    let covered = |remainder| -> Vec<ChangeHash> {
+        (0..400).filter(|number| number % 3 == remainder).map(hash).collect()
+    };
+    let prune = async |storage: &dyn Storage, covered: &[ChangeHash]| {
+        while let Err(error) = storage.prune_changes(&document(1), covered).await {
+            assert!(matches!(error, StorageError::Transient(_)), "{error}");
+        }
+    };
+    let (zeros, ones) = (covered(0), covered(1));
+    tokio::join!(prune(&*one, &zeros), prune(&*other, &ones));
+    let kept = (0..400).filter(|number| number % 3 == 2);
+    assert_eq!(tail(&*one, 1).await, sorted(changes(kept)));
 }
 
 pub async fn clause_7_of_two_installs_at_once_one_is_refused(database: Database) {

@@ -49,6 +49,8 @@ contract! {
     documents::clause_6_loads_that_race_compaction_miss_nothing,
     documents::clause_7_a_base_replaces_only_the_one_it_was_made_from,
     documents::clause_7_installing_removes_nothing_and_pruning_ends_with_its_generation,
+    documents::clause_7_pruning_takes_changes_out_of_whatever_they_were_appended_with,
+    documents::clause_7_two_nodes_may_prune_a_document_at_once,
     documents::clause_7_of_two_installs_at_once_one_is_refused,
     documents::clause_11_documents_do_not_touch_each_other,
     log::a_reader_gets_what_follows_its_cursor_up_to_its_limit,

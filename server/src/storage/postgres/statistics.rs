@@ -9,21 +9,35 @@ const ESTIMATED_FROM_ROWS: f32 = 100_000.0;
 
 pub(super) async fn read(storage: &PostgresStorage) -> Result<StorageStatistics, StorageError> {
     Ok(StorageStatistics {
-        documents: rows(storage, "documents", "SELECT count(*) FROM documents").await?,
-        changes: rows(storage, "changes", "SELECT count(*) FROM changes").await?,
+        documents: match estimated_rows(storage, "documents").await? {
+            Some(rows) => rows as u64,
+            None => number(storage, "SELECT count(*) FROM documents").await?,
+        },
+        changes: changes(storage).await?,
         disk_bytes: number(storage, "SELECT pg_database_size(current_database())").await?
             + wal_bytes(storage).await?,
     })
 }
 
-async fn rows(storage: &PostgresStorage, table: &str, count: &'static str) -> Result<u64, StorageError> {
+/// A change that stands in two bundles counts twice.
+async fn changes(storage: &PostgresStorage) -> Result<u64, StorageError> {
+    let Some(bundles) = estimated_rows(storage, "changes").await? else {
+        let count = "SELECT coalesce(sum(octet_length(hashes) / 32), 0)::bigint FROM changes";
+        return number(storage, count).await;
+    };
+    let sampled = "SELECT coalesce(avg(octet_length(hashes) / 32), 1)::float4 AS average \
+                   FROM changes TABLESAMPLE SYSTEM (1)";
+    let rows = storage.fetch_all(CALL_TIMEOUT, sqlx::query(sampled)).await?;
+    let average: f32 = rows.first().map(|row| column(row, "average")).transpose()?.unwrap_or(1.0);
+    Ok((bundles * average) as u64)
+}
+
+/// The planner's estimate, where it is good enough.
+async fn estimated_rows(storage: &PostgresStorage, table: &str) -> Result<Option<f32>, StorageError> {
     let query = sqlx::query("SELECT reltuples FROM pg_class WHERE oid = to_regclass($1)").bind(table);
     let found = storage.fetch_all(CALL_TIMEOUT, query).await?;
-    let estimate: f32 = found.first().map(|row| column(row, "reltuples")).transpose()?.unwrap_or(0.0);
-    if estimate >= ESTIMATED_FROM_ROWS {
-        return Ok(estimate as u64);
-    }
-    number(storage, count).await
+    let estimate: Option<f32> = found.first().map(|row| column(row, "reltuples")).transpose()?;
+    Ok(estimate.filter(|rows| *rows >= ESTIMATED_FROM_ROWS))
 }
 
 /// The write-ahead log belongs to the whole cluster, and only a privileged role may see its size: else 0.

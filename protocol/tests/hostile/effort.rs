@@ -1,0 +1,58 @@
+//! Histories contrived to make the door work hard.
+
+use isobar_protocol::change::Change;
+use isobar_protocol::config::{ANCESTRY_STEPS_PER_CHANGE, Limits};
+use isobar_protocol::graph::{Graph, Ingested, Refusal};
+
+use crate::drafts::Draft;
+
+const LONER: u8 = 251;
+const RETURNING: u8 = 200;
+const TYPIST: u8 = 250;
+const LENGTH: u64 = 2_000;
+
+/// Many authors make a change, one types for long, and then they all come back without naming their own last change:
+/// for each, the way back to it is as long as the typing. A change that nobody ever builds on keeps every other from
+/// having all that came before it, which would be a short cut.
+fn returning_authors() -> Vec<Change> {
+    let mut history = vec![Draft::new(LONER, 1, 1, &[]).change()];
+    let mut next = |actor: u8, seq: u64| {
+        let last = history.last().filter(|_| history.len() > 1);
+        let deps: Vec<&Change> = last.into_iter().collect();
+        let change = Draft::new(actor, seq, history.len() as u64, &deps).change();
+        history.push(change);
+    };
+    (0..RETURNING).for_each(|actor| next(actor, 1));
+    (1..=LENGTH).for_each(|seq| next(TYPIST, seq));
+    (0..RETURNING).for_each(|actor| next(actor, 2));
+    history
+}
+
+#[test]
+fn work_is_in_proportion_to_the_history() {
+    let history = returning_authors();
+    let tight = Limits { ancestry_steps_max: 0, ..Limits::default() };
+    let mut graph = Graph::new();
+    let results: Vec<_> = history.iter().map(|change| graph.ingest(change.clone(), &tight)).collect();
+    let accepted = results.iter().take_while(|it| matches!(it, Ok(Ingested::Staged(_)))).count();
+    let came_back = accepted as u64 - 1 - u64::from(RETURNING) - LENGTH;
+    let allowed = ANCESTRY_STEPS_PER_CHANGE * history.len() as u64 / LENGTH;
+    assert!((1..=allowed).contains(&came_back), "{came_back} came back, the allowance is for {allowed}");
+    assert_eq!(results[accepted], Err(Refusal::TooTangled));
+    // A change as stock authors make it costs nothing and is accepted still.
+    let last = &history[accepted - 1];
+    let own = &history[(u64::from(RETURNING) + LENGTH) as usize];
+    let ordinary = Draft::new(TYPIST, LENGTH + 1, accepted as u64 + 1, &[last, own]).change();
+    assert!(matches!(graph.ingest(ordinary, &tight), Ok(Ingested::Staged(_))));
+}
+
+#[test]
+fn what_was_accepted_once_is_read_back_without_that_limit() {
+    let history = returning_authors();
+    for limits in [Limits::default(), Limits { ancestry_steps_max: u64::MAX, ..Limits::default() }] {
+        let mut graph = Graph::new();
+        for change in &history {
+            assert!(matches!(graph.ingest(change.clone(), &limits), Ok(Ingested::Staged(_))));
+        }
+    }
+}

@@ -1,0 +1,239 @@
+//! What a session says and what it leaves unsaid, message by message.
+
+#[path = "hostile/drafts.rs"]
+#[expect(dead_code, reason = "the tests of hostile changes use all of it")]
+mod drafts;
+
+use drafts::Draft;
+use isobar_protocol::bloom::BloomFilter;
+use isobar_protocol::change::Change;
+use isobar_protocol::config::{FRUITLESS_REPLIES_MAX, Limits, UNANSWERED_MESSAGES_MAX};
+use isobar_protocol::graph::{Graph, Ingested};
+use isobar_protocol::ids::ChangeHash;
+use isobar_protocol::session::{Reply, SyncSession, span_message};
+use isobar_protocol::sync_message::{Have, SyncFlags, SyncMessage, SyncVersion};
+
+/// A document in which one author writes change after change.
+struct Document {
+    graph: Graph,
+    changes: Vec<Change>,
+}
+
+impl Document {
+    fn new(changes: u64) -> Self {
+        let mut document = Self { graph: Graph::new(), changes: Vec::new() };
+        (0..changes).for_each(|_| document.write());
+        document
+    }
+
+    /// One more change, durable.
+    fn write(&mut self) {
+        self.stage();
+        self.graph.advance_durable(self.graph.staged_end());
+    }
+
+    fn stage(&mut self) {
+        let number = self.changes.len() as u64 + 1;
+        let deps: Vec<&Change> = self.changes.last().into_iter().collect();
+        let change = Draft::new(1, number, number, &deps).change();
+        let staged = self.graph.ingest(change.clone(), &Limits::default());
+        assert!(matches!(staged, Ok(Ingested::Staged(_))));
+        self.changes.push(change);
+    }
+
+    fn reader(&self) -> SyncSession {
+        let mut session = SyncSession::new(false);
+        session.receive(says(self.graph.heads()), [], &self.graph);
+        assert_eq!(span(session.generate(&self.graph)), (self.graph.durable_end(), self.graph.durable_end()));
+        session.receive(says(self.graph.heads()), [], &self.graph);
+        assert!(session.generate(&self.graph).is_none(), "in step");
+        session
+    }
+}
+
+/// A message of a peer that has these heads, and brings nothing.
+fn says(heads: Vec<ChangeHash>) -> SyncMessage {
+    let have = vec![Have { last_sync: heads.clone(), bloom: BloomFilter::default() }];
+    let flags = Some(SyncFlags::default().with(SyncFlags::SUPPORTS_SYNC_RESET));
+    SyncMessage { version: SyncVersion::V2, heads, need: Vec::new(), have, changes: Vec::new(), flags }
+}
+
+fn brings(change: &Change) -> SyncMessage {
+    SyncMessage { changes: vec![change.bytes.clone()], ..says(vec![change.hash]) }
+}
+
+#[track_caller]
+fn span(reply: Option<Reply>) -> (u64, u64) {
+    match reply {
+        Some(Reply::Span { from, to }) => (from, to),
+        other => panic!("a span is expected, not {other:?}"),
+    }
+}
+
+#[test]
+fn readers_in_step_all_get_the_same_span_once() {
+    let mut document = Document::new(3);
+    let mut readers: Vec<SyncSession> = (0..20).map(|_| document.reader()).collect();
+    document.write();
+    for reader in &mut readers {
+        assert_eq!(span(reader.generate(&document.graph)), (3, 4));
+        assert!(reader.generate(&document.graph).is_none(), "said once");
+    }
+    let message = span_message(&document.graph, 3, 4);
+    assert_eq!(message.changes, [document.changes[3].bytes.clone()]);
+    assert_eq!(message.heads, [document.changes[3].hash]);
+    for reader in &mut readers {
+        reader.receive(says(document.graph.heads()), [], &document.graph);
+        assert!(reader.generate(&document.graph).is_none(), "an answer is not answered");
+    }
+}
+
+#[test]
+fn what_happened_meanwhile_goes_into_one_message() {
+    let mut document = Document::new(1);
+    let mut reader = document.reader();
+    (0..5).for_each(|_| document.write());
+    assert_eq!(span(reader.generate(&document.graph)), (1, 6));
+    // The answer to an older message crosses newer changes and calls for nothing by itself.
+    document.write();
+    assert_eq!(span(reader.generate(&document.graph)), (6, 7));
+    reader.receive(says(vec![document.changes[5].hash]), [], &document.graph);
+    assert!(reader.generate(&document.graph).is_none());
+}
+
+#[test]
+fn what_is_not_durable_is_neither_sent_nor_told() {
+    let mut document = Document::new(1);
+    let mut reader = document.reader();
+    let told = document.graph.heads();
+    document.stage();
+    assert!(reader.generate(&document.graph).is_none());
+    let mut newcomer = SyncSession::new(false);
+    newcomer.receive(says(Vec::new()), [], &document.graph);
+    assert_eq!(span(newcomer.generate(&document.graph)), (0, 1));
+    assert_eq!(span_message(&document.graph, 0, 1).heads, told);
+    document.graph.advance_durable(2);
+    assert_eq!(span(reader.generate(&document.graph)), (1, 2));
+}
+
+#[test]
+fn a_writer_gets_an_acknowledgement_when_its_change_is_durable_and_not_the_change() {
+    let mut document = Document::new(1);
+    let mut writer = document.reader();
+    document.stage();
+    writer.receive(brings(&document.changes[1]), [1], &document.graph);
+    assert!(writer.generate(&document.graph).is_none(), "not before it is durable");
+    document.graph.advance_durable(2);
+    assert_eq!(span(writer.generate(&document.graph)), (2, 2));
+    // What others wrote after it is sent, and only that.
+    document.stage();
+    writer.receive(brings(&document.changes[2]), [2], &document.graph);
+    document.write();
+    assert_eq!(span(writer.generate(&document.graph)), (3, 4));
+}
+
+#[test]
+fn a_change_that_is_durable_already_is_acknowledged_at_once() {
+    let mut document = Document::new(1);
+    let mut writer = document.reader();
+    document.write();
+    writer.receive(brings(&document.changes[1]), [1], &document.graph);
+    assert_eq!(span(writer.generate(&document.graph)), (2, 2));
+    writer.receive(brings(&document.changes[1]), [1], &document.graph);
+    assert_eq!(span(writer.generate(&document.graph)), (2, 2));
+}
+
+#[test]
+fn who_has_it_from_elsewhere_is_not_sent_it() {
+    let mut document = Document::new(1);
+    let mut reader = document.reader();
+    document.write();
+    reader.receive(says(document.graph.heads()), [], &document.graph);
+    assert!(reader.generate(&document.graph).is_none());
+    document.write();
+    assert_eq!(span(reader.generate(&document.graph)), (2, 3));
+}
+
+#[test]
+fn changes_asked_for_by_name_are_sent_even_if_they_are_in_the_base() {
+    let mut document = Document::new(6);
+    let mut reader = document.reader();
+    let asks = |document: &Document, at: usize| SyncMessage {
+        need: vec![document.changes[at].hash, ChangeHash([9; 32])],
+        ..says(vec![document.changes[5].hash])
+    };
+    // The heads differ, so that the message is no answer.
+    document.write();
+    assert_eq!(span(reader.generate(&document.graph)), (6, 7));
+    reader.receive(asks(&document, 2), [], &document.graph);
+    match reader.generate(&document.graph) {
+        Some(Reply::Single { message, with_base: false }) => {
+            assert_eq!(message.changes, [document.changes[2].bytes.clone()]);
+        }
+        other => panic!("one change is expected, not {other:?}"),
+    }
+    let (summary, _) = document.graph.summarise(4);
+    document.graph.rebase(summary);
+    let mut reader = SyncSession::new(false);
+    reader.receive(asks(&document, 2), [], &document.graph);
+    assert!(matches!(reader.generate(&document.graph), Some(Reply::Whole { to: 7 })));
+}
+
+#[test]
+fn a_document_that_is_not_here_is_unavailable_once_and_sent_when_it_appears() {
+    let mut document = Document::new(0);
+    let mut reader = SyncSession::new(false);
+    assert!(reader.generate(&document.graph).is_none(), "nobody asked");
+    reader.receive(says(Vec::new()), [], &document.graph);
+    assert!(matches!(reader.generate(&document.graph), Some(Reply::Unavailable)));
+    assert!(reader.generate(&document.graph).is_none());
+    document.stage();
+    reader.receive(says(Vec::new()), [], &document.graph);
+    assert!(reader.generate(&document.graph).is_none(), "about to be available");
+    document.graph.advance_durable(1);
+    assert_eq!(span(reader.generate(&document.graph)), (0, 1));
+}
+
+#[test]
+fn a_peer_that_never_applies_is_answered_a_few_times_and_again_when_it_moves() {
+    let document = Document::new(3);
+    let mut deaf = SyncSession::new(false);
+    let replies = (0..50).filter(|_| {
+        deaf.receive(says(Vec::new()), [], &document.graph);
+        deaf.generate(&document.graph).is_some()
+    });
+    assert_eq!(replies.count(), 1 + usize::from(FRUITLESS_REPLIES_MAX));
+    deaf.receive(says(vec![document.changes[0].hash]), [], &document.graph);
+    deaf.receive(says(Vec::new()), [], &document.graph);
+    assert_eq!(span(deaf.generate(&document.graph)), (0, 3));
+}
+
+#[test]
+fn heads_that_were_refused_are_asked_for_once_however_often_they_are_reported() {
+    let mut document = Document::new(1);
+    let mut session = document.reader();
+    let refused = ChangeHash([7; 32]);
+    let with_refused = |heads: Vec<ChangeHash>| says([heads, vec![refused]].concat());
+    session.receive(with_refused(document.graph.heads()), [], &document.graph);
+    assert_eq!(span(session.generate(&document.graph)), (1, 1));
+    for end in 2..10 {
+        session.receive(with_refused(document.graph.heads()), [], &document.graph);
+        assert!(session.generate(&document.graph).is_none());
+        document.write();
+        assert_eq!(span(session.generate(&document.graph)), (end - 1, end));
+    }
+}
+
+#[test]
+fn a_peer_is_behind_after_some_messages_without_an_answer() {
+    let mut document = Document::new(1);
+    let mut reader = document.reader();
+    for _ in 0..UNANSWERED_MESSAGES_MAX {
+        assert!(!reader.is_behind());
+        document.write();
+        span(reader.generate(&document.graph));
+    }
+    assert!(reader.is_behind());
+    reader.receive(says(document.graph.heads()), [], &document.graph);
+    assert!(!reader.is_behind());
+}

@@ -1,0 +1,279 @@
+//! How the changes of a tail are packed into rows.
+//!
+//! One append writes one bundle per document rather than a row per change: hashes are random, so an index over them
+//! would touch a page for each change, while bundles of a document stand behind each other. A bundle's key is
+//! (document, origin, seq of its first change), so a section of a log run names its bundle. Its two columns are
+//!
+//! ```text
+//! hashes  = hash*              32 bytes each
+//! changes = (length bytes)*    length: unsigned LEB128; as many as there are hashes
+//! ```
+//!
+//! No index finds a change by its hash. So a change that comes a second time stands in a second bundle until it is
+//! pruned; whoever reads a tail takes the first of them, and sees each change once. It comes twice only where two
+//! nodes receive it at once: a node knows what its documents hold.
+
+use std::collections::HashSet;
+
+use bytes::Bytes;
+use isobar_protocol::ids::{ChangeHash, DocumentId, Seq};
+
+use super::packing::{push_leb128, take, take_leb128};
+use super::{DocumentAppend, StorageError, StoredChange};
+
+/// Bytes of changes after which a bundle ends. Pruning rewrites what it removes only a part of, and a row is held in
+/// memory several times on its way; a single larger change is a bundle of its own.
+const BUNDLE_BYTES_MAX: usize = 256 << 10;
+
+/// Changes of one document that were appended together.
+pub(super) struct Bundle<'a> {
+    pub document: &'a DocumentId,
+    /// The log entry of the bundle's first change; the others follow.
+    pub first: Seq,
+    pub hashes: Vec<u8>,
+    pub changes: Vec<u8>,
+}
+
+impl<'a> Bundle<'a> {
+    fn of(document: &'a DocumentId, first: Seq, changes: &[StoredChange]) -> Self {
+        let bytes: usize = changes.iter().map(|change| change.bytes.len() + 4).sum();
+        let mut bundle = Self {
+            document,
+            first,
+            hashes: Vec::with_capacity(changes.len() * 32),
+            changes: Vec::with_capacity(bytes),
+        };
+        for change in changes {
+            bundle.hashes.extend_from_slice(change.hash.as_bytes());
+            push_leb128(&mut bundle.changes, change.bytes.len() as u64);
+            bundle.changes.extend_from_slice(&change.bytes);
+        }
+        bundle
+    }
+}
+
+/// Bundles a batch whose first log entry is `first`, in the order of their documents: neighbours go to the same page.
+pub(super) fn bundle(first: Seq, batch: &[DocumentAppend]) -> Vec<Bundle<'_>> {
+    let mut bundles = Vec::with_capacity(batch.len());
+    let mut next = first;
+    for append in batch {
+        let mut rest = &append.changes[..];
+        while !rest.is_empty() {
+            let (now, later) = rest.split_at(fitting(rest));
+            bundles.push(Bundle::of(&append.document, next, now));
+            next = Seq(next.0 + now.len() as u64);
+            rest = later;
+        }
+    }
+    bundles.sort_by(|bundle, other| (bundle.document, bundle.first).cmp(&(other.document, other.first)));
+    bundles
+}
+
+/// How many of the changes go into one bundle: at least one.
+fn fitting(changes: &[StoredChange]) -> usize {
+    let mut bytes = 0;
+    let within = changes.iter().take_while(|change| {
+        bytes += change.bytes.len();
+        bytes <= BUNDLE_BYTES_MAX
+    });
+    within.count().max(1)
+}
+
+/// A bundle whose columns do not decode: the database is damaged.
+#[derive(Debug, thiserror::Error)]
+#[error("a bundle of {hashes_bytes} bytes of hashes and {changes_bytes} of changes does not decode")]
+struct DamagedBundle {
+    hashes_bytes: usize,
+    changes_bytes: usize,
+}
+
+/// The changes of a bundle. They share its buffer.
+fn unpack(hashes: &[u8], changes: &Bytes) -> Result<Vec<StoredChange>, StorageError> {
+    let damaged = || DamagedBundle { hashes_bytes: hashes.len(), changes_bytes: changes.len() };
+    try_unpack(hashes, changes).ok_or_else(|| StorageError::Fatal(Box::new(damaged())))
+}
+
+fn try_unpack(hashes: &[u8], changes: &Bytes) -> Option<Vec<StoredChange>> {
+    let mut rest = &changes[..];
+    let mut unpacked = Vec::with_capacity(hashes.len() / 32);
+    for hash in hashes.chunks(32) {
+        let hash = ChangeHash::from_slice(hash).ok()?;
+        let length = usize::try_from(take_leb128(&mut rest)?).ok()?;
+        let bytes = changes.slice_ref(take(&mut rest, length)?);
+        unpacked.push(StoredChange { hash, bytes });
+    }
+    rest.is_empty().then_some(unpacked)
+}
+
+/// A tail while its bundles are read, in whatever order the database gives them.
+#[derive(Default)]
+pub(super) struct Tail {
+    bundles: Vec<(Seq, Vec<StoredChange>)>,
+}
+
+impl Tail {
+    pub fn push(&mut self, first: Seq, hashes: &[u8], changes: &Bytes) -> Result<(), StorageError> {
+        self.bundles.push((first, unpack(hashes, changes)?));
+        Ok(())
+    }
+
+    /// Each change once: of those that an origin brought twice, the earlier.
+    pub fn into_changes(mut self) -> Vec<StoredChange> {
+        self.bundles.sort_by_key(|(first, _)| *first);
+        let mut changes: Vec<StoredChange> =
+            self.bundles.into_iter().flat_map(|(_, changes)| changes).collect();
+        let mut seen = HashSet::with_capacity(changes.len());
+        changes.retain(|change| seen.insert(change.hash));
+        changes
+    }
+}
+
+/// How much of a bundle a set of hashes covers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Coverage {
+    None,
+    Part,
+    Whole,
+}
+
+fn coverage(hashes: &[u8], covered: &HashSet<ChangeHash>) -> Coverage {
+    let is_covered = |hash: &[u8]| ChangeHash::from_slice(hash).is_ok_and(|hash| covered.contains(&hash));
+    let count = hashes.chunks(32).filter(|hash| is_covered(hash)).count();
+    match count {
+        0 => Coverage::None,
+        count if count * 32 == hashes.len() => Coverage::Whole,
+        _ => Coverage::Part,
+    }
+}
+
+/// A bundle of one document as pruning finds it, without its changes.
+pub(super) struct FoundBundle {
+    pub origin: Vec<u8>,
+    pub first_seq: i64,
+    pub hashes: Vec<u8>,
+}
+
+/// The bundles of a document that pruning is about.
+pub(super) struct CoveredBundles {
+    pub whole: Vec<FoundBundle>,
+    pub part: Vec<FoundBundle>,
+}
+
+impl CoveredBundles {
+    pub fn among(found: Vec<FoundBundle>, covered: &HashSet<ChangeHash>) -> Self {
+        let (mut whole, mut part) = (Vec::new(), Vec::new());
+        for bundle in found {
+            match coverage(&bundle.hashes, covered) {
+                Coverage::None => {}
+                Coverage::Part => part.push(bundle),
+                Coverage::Whole => whole.push(bundle),
+            }
+        }
+        Self { whole, part }
+    }
+}
+
+/// How often pruning starts again when another node prunes the same document meanwhile. Each time there is less left.
+pub(super) const PRUNE_ATTEMPTS_MAX: u32 = 5;
+
+/// What a call gets whose attempts were all disturbed.
+pub(super) fn prune_disturbed() -> StorageError {
+    StorageError::Transient("another node is pruning the same document".into())
+}
+
+/// The two columns of a bundle without its covered changes.
+pub(super) fn without(
+    hashes: &[u8],
+    changes: &Bytes,
+    covered: &HashSet<ChangeHash>,
+) -> Result<(Vec<u8>, Vec<u8>), StorageError> {
+    let (mut kept_hashes, mut kept_changes) = (Vec::new(), Vec::new());
+    for change in unpack(hashes, changes)?.iter().filter(|change| !covered.contains(&change.hash)) {
+        kept_hashes.extend_from_slice(change.hash.as_bytes());
+        push_leb128(&mut kept_changes, change.bytes.len() as u64);
+        kept_changes.extend_from_slice(&change.bytes);
+    }
+    Ok((kept_hashes, kept_changes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn change(number: u8, bytes: usize) -> StoredChange {
+        StoredChange { hash: ChangeHash([number; 32]), bytes: Bytes::from(vec![number; bytes]) }
+    }
+
+    fn document(number: u8) -> DocumentId {
+        DocumentId::from_slice(&[number; 16]).unwrap()
+    }
+
+    fn unpacked(bundle: &Bundle<'_>) -> Vec<StoredChange> {
+        unpack(&bundle.hashes, &Bytes::copy_from_slice(&bundle.changes)).unwrap()
+    }
+
+    #[test]
+    fn a_batch_becomes_a_bundle_per_document_keyed_by_its_first_entry() {
+        let batch = [
+            DocumentAppend { document: document(2), changes: vec![change(1, 10), change(2, 0)] },
+            DocumentAppend { document: document(1), changes: vec![change(3, 200)] },
+        ];
+        let bundles = bundle(Seq(7), &batch);
+        let keys: Vec<_> = bundles.iter().map(|bundle| (bundle.document.clone(), bundle.first.0)).collect();
+        assert_eq!(keys, [(document(1), 9), (document(2), 7)]);
+        assert_eq!(unpacked(&bundles[0]), batch[1].changes);
+        assert_eq!(unpacked(&bundles[1]), batch[0].changes);
+    }
+
+    #[test]
+    fn large_changes_make_bundles_of_their_own() {
+        let half = BUNDLE_BYTES_MAX / 2;
+        let sizes = [half, half, 1, 3 * half, 1];
+        let changes: Vec<_> = sizes.iter().zip(0..).map(|(&size, number)| change(number, size)).collect();
+        let batch = [DocumentAppend { document: document(1), changes: changes.clone() }];
+        let bundles = bundle(Seq(1), &batch);
+        let firsts: Vec<_> = bundles.iter().map(|bundle| bundle.first.0).collect();
+        assert_eq!(firsts, [1, 3, 4, 5]);
+        assert!(bundles.iter().flat_map(unpacked).eq(changes));
+    }
+
+    #[test]
+    fn a_tail_holds_each_change_once_and_the_first_counts() {
+        let mut tail = Tail::default();
+        let bundle = |changes: &[StoredChange]| {
+            let document = document(1);
+            let bundle = Bundle::of(&document, Seq(1), changes);
+            (bundle.hashes, Bytes::from(bundle.changes))
+        };
+        let (hashes, changes) = bundle(&[change(2, 4), change(1, 9)]);
+        tail.push(Seq(2), &hashes, &changes).unwrap();
+        let (hashes, changes) = bundle(&[change(1, 5)]);
+        tail.push(Seq(1), &hashes, &changes).unwrap();
+        assert_eq!(tail.into_changes(), [change(1, 5), change(2, 4)]);
+    }
+
+    #[test]
+    fn covered_changes_leave_a_bundle_and_the_others_stay() {
+        let document = document(1);
+        let whole = Bundle::of(&document, Seq(1), &[change(1, 300), change(2, 2), change(3, 0)]);
+        let covers = |numbers: &[u8]| numbers.iter().map(|&number| ChangeHash([number; 32])).collect();
+        assert_eq!(coverage(&whole.hashes, &covers(&[7])), Coverage::None);
+        assert_eq!(coverage(&whole.hashes, &covers(&[2, 7])), Coverage::Part);
+        assert_eq!(coverage(&whole.hashes, &covers(&[1, 2, 3, 7])), Coverage::Whole);
+        let (hashes, changes) = without(&whole.hashes, &whole.changes.into(), &covers(&[2])).unwrap();
+        assert_eq!(unpack(&hashes, &changes.into()).unwrap(), [change(1, 300), change(3, 0)]);
+    }
+
+    #[test]
+    fn damaged_bundles_are_refused_and_never_panic() {
+        let document = document(1);
+        let whole = Bundle::of(&document, Seq(1), &[change(1, 300), change(2, 2)]);
+        let changes = Bytes::from(whole.changes);
+        for length in 0..changes.len() {
+            assert!(unpack(&whole.hashes, &changes.slice(..length)).is_err(), "changes cut to {length}");
+        }
+        for length in 0..whole.hashes.len() {
+            assert!(unpack(&whole.hashes[..length], &changes).is_err(), "hashes cut to {length}");
+        }
+    }
+}

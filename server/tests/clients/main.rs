@@ -1,0 +1,8 @@
+//! Clients of a running `isobar serve`, over real sockets, on SQLite and on Postgres.
+//!
+//! The JavaScript client has its own tests in `../interop`.
+
+mod recording;
+mod region;
+mod samod_client;
+mod trace;
