@@ -155,6 +155,44 @@ fn who_has_it_from_elsewhere_is_not_sent_it() {
 }
 
 #[test]
+fn changes_asked_for_by_name_are_sent_even_if_they_are_in_the_base() {
+    let mut document = Document::new(6);
+    let mut reader = document.reader();
+    let asks = |document: &Document, at: usize| SyncMessage {
+        need: vec![document.changes[at].hash, ChangeHash([9; 32])],
+        ..says(vec![document.changes[5].hash])
+    };
+    // The heads differ, so that the message is no answer.
+    document.write();
+    assert_eq!(span(reader.generate(&document.graph)), (6, 7));
+    reader.receive(asks(&document, 2), [], &document.graph);
+    match reader.generate(&document.graph) {
+        Some(Reply::Single { message, with_base: false }) => {
+            assert_eq!(message.changes, [document.changes[2].bytes.clone()]);
+        }
+        other => panic!("one change is expected, not {other:?}"),
+    }
+    let (summary, _) = document.graph.summarise(4);
+    document.graph.rebase(summary);
+    let mut reader = SyncSession::new(false);
+    reader.receive(asks(&document, 2), [], &document.graph);
+    assert!(matches!(reader.generate(&document.graph), Some(Reply::Whole { to: 7 })));
+}
+
+#[test]
+fn a_reader_whom_a_base_has_overtaken_gets_the_whole_document() {
+    let mut document = Document::new(2);
+    let (mut slow, mut quick) = (document.reader(), document.reader());
+    (0..4).for_each(|_| document.write());
+    assert_eq!(span(quick.generate(&document.graph)), (2, 6));
+    let (summary, _) = document.graph.summarise(4);
+    document.graph.rebase(summary);
+    document.write();
+    assert!(matches!(slow.generate(&document.graph), Some(Reply::Whole { to: 7 })));
+    assert_eq!(span(quick.generate(&document.graph)), (6, 7));
+}
+
+#[test]
 fn a_document_that_is_not_here_is_unavailable_once_and_sent_when_it_appears() {
     let mut document = Document::new(0);
     let mut reader = SyncSession::new(false);

@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use anyhow::Context;
 use axum::Router;
-use axum::serve::ListenerExt;
 use isobar_protocol::ids::{OriginId, PeerId, PlacementGroup, RegionName};
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
@@ -17,7 +16,7 @@ use tokio_util::task::TaskTracker;
 use crate::commit::Committer;
 use crate::config::Settings;
 use crate::documents::Documents;
-use crate::http;
+use crate::http::{self, CountingListener, Traffic};
 use crate::materialise::Materialiser;
 use crate::node::{Node, Sessions};
 use crate::outbox::Closing;
@@ -169,10 +168,8 @@ async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
 }
 
 fn serve(listener: TcpListener, routes: Router, stop: CancellationToken) -> JoinHandle<()> {
-    // A keystroke is one small packet; it must not wait for the next.
-    let listener = listener.tap_io(|stream| {
-        let _ = stream.set_nodelay(true);
-    });
+    let listener = CountingListener(listener);
+    let routes = routes.into_make_service_with_connect_info::<Traffic>();
     tokio::spawn(async move {
         let served = axum::serve(listener, routes).with_graceful_shutdown(stop.cancelled_owned()).await;
         if let Err(error) = served {

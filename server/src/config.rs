@@ -77,6 +77,8 @@ pub struct Settings {
     pub resident_bytes_max: usize,
     /// How long a document stays in memory after its last subscriber has left.
     pub idle_seconds: u64,
+    /// How long a connection may be silent before it is asked for a sign of life; after three times as long it is closed.
+    pub ping_seconds: u64,
     /// How long a shutdown may take: clients are told to come back at moments spread over half of it.
     pub drain_seconds: u64,
 }
@@ -100,6 +102,7 @@ impl Settings {
             .set_default("change_ops_max", limits.change_ops_max)?
             .set_default("resident_bytes_max", 512 << 20)?
             .set_default("idle_seconds", 30)?
+            .set_default("ping_seconds", 20)?
             .set_default("drain_seconds", 10)?;
         if let Some(path) = &args.config {
             builder = builder.add_source(config::File::from(path.as_path()).format(config::FileFormat::Toml));
@@ -127,7 +130,7 @@ impl Settings {
 
     /// Variables of this prefix that are settings; `ISOBAR_CONFIG` names the file, and tests have names of their own.
     fn is_setting(name: &str) -> bool {
-        const NAMES: [&str; 15] = [
+        const NAMES: [&str; 16] = [
             "REGION",
             "DATABASE",
             "LISTEN",
@@ -142,6 +145,7 @@ impl Settings {
             "CHANGE_OPS_MAX",
             "RESIDENT_BYTES_MAX",
             "IDLE_SECONDS",
+            "PING_SECONDS",
             "DRAIN_SECONDS",
         ];
         name.strip_prefix("ISOBAR_").is_some_and(|rest| NAMES.contains(&rest))
@@ -160,6 +164,9 @@ impl Settings {
         if self.change_bytes_max > self.frame_bytes_max {
             bail!("change_bytes_max is larger than frame_bytes_max: such a change could never arrive");
         }
+        if self.ping_seconds == 0 {
+            bail!("ping_seconds is 0: every connection would be closed at once");
+        }
         if self.frame_bytes_max < 64 << 10 {
             bail!("frame_bytes_max is below 65536: ordinary clients could not synchronise");
         }
@@ -177,6 +184,10 @@ impl Settings {
 
     pub fn idle(&self) -> Duration {
         Duration::from_secs(self.idle_seconds)
+    }
+
+    pub fn ping(&self) -> Duration {
+        Duration::from_secs(self.ping_seconds)
     }
 
     pub fn drain(&self) -> Duration {

@@ -22,6 +22,7 @@ use tokio::time::{Instant, Sleep};
 
 use crate::commit::ByteBudget;
 use crate::documents::{Document, LoadError, SubscriberKey};
+use crate::http::Traffic;
 use crate::node::Node;
 use crate::outbox::{Closing, Outbox, Slot};
 
@@ -34,12 +35,10 @@ use remote_heads::Watched;
 /// A client must say who it is within this time.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A silent connection is asked for a sign of life after this time. Stock clients answer pings but send none; a browser
-/// that applies a large message cannot answer for a while.
-const PING_AFTER: Duration = Duration::from_secs(20);
-
-/// A connection without a sign of life for this long is closed.
-const SILENCE_MAX: Duration = Duration::from_secs(60);
+/// A connection is closed when so many times in a row the setting `ping_seconds` has passed without a sign of life. Stock
+/// clients answer pings but send none; a browser that applies a large message cannot answer for a while. Times are
+/// counted, not added up: when this process has been standing still, nobody could make himself heard.
+const SILENCES_MAX: u32 = 3;
 
 /// How long more changes are gathered for a client that has not answered several messages.
 const GATHER: Duration = Duration::from_millis(50);
@@ -133,10 +132,16 @@ pub struct Connection {
     answers_each: bool,
     ephemerals: TokenBucket,
     flushing: bool,
+    traffic: Traffic,
+    /// When a sign of life is looked for next.
+    look_at: Instant,
+    /// How often in a row there was none.
+    silences: u32,
+    /// The traffic at the last look.
+    read_bytes: u64,
+    written_bytes: u64,
     /// Something waits in the outbox.
     woken: bool,
-    last_heard: Instant,
-    last_written: Instant,
     timer: Pin<Box<Sleep>>,
 }
 
@@ -150,7 +155,7 @@ enum Event {
 
 impl Connection {
     /// Serves a client until it ends.
-    pub async fn serve(node: Arc<Node>, mut socket: WebSocket) {
+    pub async fn serve(node: Arc<Node>, mut socket: WebSocket, traffic: Traffic) {
         let joined = tokio::time::timeout(JOIN_TIMEOUT, join(&node, &mut socket)).await;
         let outcome =
             joined.unwrap_or_else(|_| Err(Ending::protocol("no_join", "no join within ten seconds")));
@@ -159,7 +164,8 @@ impl Connection {
             Ok((peer, metadata)) => {
                 let outbox = Arc::new(Outbox::default());
                 let entered = Entered::new(&node, &peer, &outbox);
-                let mut connection = Self::new(node.clone(), socket, peer.clone(), outbox, &metadata);
+                let mut connection =
+                    Self::new(node.clone(), socket, peer.clone(), traffic, outbox, &metadata);
                 let ending = connection.run().await;
                 // Ends the subscriptions.
                 let Self { socket, .. } = connection;
@@ -174,10 +180,12 @@ impl Connection {
         node: Arc<Node>,
         socket: WebSocket,
         peer: PeerId,
+        traffic: Traffic,
         outbox: Arc<Outbox>,
         metadata: &PeerMetadata,
     ) -> Self {
         let now = Instant::now();
+        let ping_after = node.settings.ping();
         Self {
             watched: Watched::new(&node.storage_id, metadata),
             answers_each: !gathers_answers(metadata),
@@ -193,10 +201,13 @@ impl Connection {
             uncommitted: ByteBudget::new(UNCOMMITTED_BYTES_MAX),
             ephemerals: TokenBucket::full(now),
             flushing: false,
+            traffic,
+            look_at: now + ping_after,
+            silences: 0,
+            read_bytes: 0,
+            written_bytes: 0,
             woken: false,
-            last_heard: now,
-            last_written: now,
-            timer: Box::pin(tokio::time::sleep(PING_AFTER)),
+            timer: Box::pin(tokio::time::sleep(ping_after)),
         }
     }
 
@@ -229,13 +240,14 @@ impl Connection {
 
     async fn event(&mut self) -> Result<Event, Ending> {
         std::future::poll_fn(|context| {
+            // First, or a client that never stops sending would put deadlines off for ever.
+            if self.timer.as_mut().poll(context).is_ready() {
+                return Poll::Ready(Ok(Event::Timer));
+            }
             if let Poll::Ready(event) = self.poll_socket(context) {
                 return Poll::Ready(event);
             }
-            if self.outbox.poll_woken(context).is_ready() {
-                return Poll::Ready(Ok(Event::Woken));
-            }
-            self.timer.as_mut().poll(context).map(|()| Ok(Event::Timer))
+            self.outbox.poll_woken(context).map(|()| Ok(Event::Woken))
         })
         .await
     }
@@ -245,7 +257,6 @@ impl Connection {
             match Pin::new(&mut self.socket).poll_flush(context) {
                 Poll::Ready(Ok(())) => {
                     self.flushing = false;
-                    self.last_written = Instant::now();
                     if self.woken || !self.dirty.is_empty() {
                         return Poll::Ready(Ok(Event::Flushed));
                     }
@@ -256,19 +267,10 @@ impl Connection {
         }
         match Pin::new(&mut self.socket).poll_next(context) {
             Poll::Ready(Some(Ok(message))) => Poll::Ready(Ok(Event::Frame(message))),
-            Poll::Ready(Some(Err(error))) => Poll::Ready(Err(self.read_error(&error))),
+            Poll::Ready(Some(Err(error))) => Poll::Ready(Err(read_failed(&error))),
             Poll::Ready(None) => Poll::Ready(Err(Ending::Gone)),
             Poll::Pending => Poll::Pending,
         }
-    }
-
-    /// Tells a broken connection from a frame that the WebSocket layer refused.
-    fn read_error(&self, error: &axum::Error) -> Ending {
-        let text = error.to_string();
-        if text.contains("too long") || text.contains("too big") {
-            return Ending::protocol("frame_too_large", text);
-        }
-        Ending::Gone
     }
 
     /// Takes one message; `start_send` accepts it whatever the state of the socket, and the flush follows.
@@ -277,10 +279,7 @@ impl Connection {
             self.node.metrics.frames_sent.increment(1);
             self.node.metrics.frame_bytes_sent.increment(bytes.len() as u64);
         }
-        if !self.flushing {
-            self.flushing = true;
-            self.last_written = Instant::now();
-        }
+        self.flushing = true;
         Pin::new(&mut self.socket).start_send(message).map_err(|_| Ending::Gone)
     }
 
@@ -288,16 +287,29 @@ impl Connection {
     fn tick(&mut self) -> Result<(), Ending> {
         let now = Instant::now();
         self.release_held(now);
-        let silent = now.duration_since(self.last_heard);
-        let stuck = self.flushing && now.duration_since(self.last_written) >= SILENCE_MAX;
-        if silent >= SILENCE_MAX || stuck {
-            return Err(Ending::Silent);
+        let ping_after = self.node.settings.ping();
+        if now >= self.look_at {
+            self.look_at = now + ping_after;
+            self.look_for_life()?;
         }
-        if silent >= PING_AFTER && !self.flushing {
-            self.send(Message::Ping(bytes::Bytes::new()))?;
-        }
-        self.arm_timer(now + PING_AFTER, true);
+        self.arm_timer(self.look_at, true);
         Ok(())
+    }
+
+    fn look_for_life(&mut self) -> Result<(), Ending> {
+        let (read, written) = (self.traffic.read_bytes(), self.traffic.written_bytes());
+        // Parts of a frame count as well: a large one may take minutes. As long as the network takes more of one of ours,
+        // somebody is reading it, and no ping would be answered before its end has arrived.
+        let alive = read != self.read_bytes || self.flushing && written != self.written_bytes;
+        (self.read_bytes, self.written_bytes) = (read, written);
+        self.silences = if alive { 0 } else { self.silences + 1 };
+        match self.silences {
+            0 => Ok(()),
+            SILENCES_MAX.. => Err(Ending::Silent),
+            // Its answer would wait behind what the client does not take.
+            _ if self.flushing => Ok(()),
+            _ => self.send(Message::Ping(bytes::Bytes::new())),
+        }
     }
 
     /// Sets the timer to the deadline, or to that of the first subscription held back.
@@ -412,6 +424,15 @@ impl Drop for Entered {
     }
 }
 
+/// Tells a broken connection from a frame that the WebSocket layer refused.
+fn read_failed(error: &axum::Error) -> Ending {
+    let text = error.to_string();
+    match text.contains("too long") || text.contains("too big") {
+        true => Ending::protocol("frame_too_large", text),
+        false => Ending::Gone,
+    }
+}
+
 fn load_failed(document: &DocumentId, error: &LoadError) -> Ending {
     tracing::warn!(%document, %error, "document not loaded");
     Ending::TryAgain
@@ -424,7 +445,8 @@ async fn join(node: &Node, socket: &mut WebSocket) -> Result<(PeerId, PeerMetada
             Some(Ok(Message::Binary(frame))) => break frame,
             Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
             Some(Ok(Message::Text(_))) => return Err(Ending::protocol("text_frame", "frames are binary")),
-            Some(Ok(Message::Close(_)) | Err(_)) | None => return Err(Ending::Gone),
+            Some(Err(error)) => return Err(read_failed(&error)),
+            Some(Ok(Message::Close(_))) | None => return Err(Ending::Gone),
         }
     };
     node.metrics.frames_received.increment(1);

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::ws::WebSocketUpgrade;
-use axum::extract::{FromRequestParts, Request, State};
+use axum::extract::{ConnectInfo, FromRequestParts, Request, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
@@ -14,6 +14,9 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use crate::connection::Connection;
 use crate::node::Node;
+pub use listener::{CountingListener, Traffic};
+
+mod listener;
 
 /// How long a readiness check may wait for the database.
 const READY_TIMEOUT: Duration = Duration::from_secs(2);
@@ -72,6 +75,8 @@ async fn metrics(State(shared): State<Shared>) -> Response {
 /// A client's WebSocket; anybody else gets a sentence.
 async fn client(State(shared): State<Shared>, request: Request) -> Response {
     let (mut parts, _) = request.into_parts();
+    let traffic =
+        parts.extensions.get::<ConnectInfo<Traffic>>().map_or_else(Traffic::default, |it| it.0.clone());
     let upgrade = match WebSocketUpgrade::from_request_parts(&mut parts, &()).await {
         Ok(upgrade) => upgrade,
         Err(_) => {
@@ -93,7 +98,7 @@ async fn client(State(shared): State<Shared>, request: Request) -> Response {
         .max_frame_size(node.settings.frame_bytes_max)
         .on_upgrade(async move |socket| {
             let _open = Open::new(node.clone(), token);
-            Box::pin(Connection::serve(node, socket)).await;
+            Box::pin(Connection::serve(node, socket, traffic)).await;
         })
 }
 

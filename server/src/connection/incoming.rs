@@ -25,7 +25,6 @@ const SESSION_ID_BYTES_MAX: usize = 256;
 
 impl Connection {
     pub(super) async fn receive(&mut self, message: Message) -> Result<(), Ending> {
-        self.last_heard = Instant::now();
         match message {
             Message::Binary(frame) => self.receive_frame(frame).await,
             Message::Ping(_) => {

@@ -1,0 +1,13 @@
+//! A real node in this process, real WebSockets, standard Automerge peers: what the server promises its clients.
+
+#![allow(clippy::unwrap_used, reason = "a test that meets an error shall fail")]
+
+mod bounds;
+mod compaction;
+mod configuration;
+#[path = "../../../protocol/tests/decoders/draft.rs"]
+#[allow(dead_code, reason = "the decoders' tests need more columns")]
+mod draft;
+mod hostile;
+mod lifecycle;
+mod support;

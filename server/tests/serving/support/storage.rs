@@ -1,0 +1,204 @@
+//! A storage in memory that a test can hold, fail and kill.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use isobar::storage::memory::MemoryStorage;
+use isobar::storage::{
+    ClaimedOrigin, DocumentAppend, DocumentState, LogEntry, NewBase, Storage, StorageError,
+    StorageStatistics, StoredDocument,
+};
+use isobar_protocol::ids::{ChangeHash, DocumentId, OriginId, PlacementGroup, RegionName, Seq, StorageId};
+use parking_lot::Mutex;
+use tokio::sync::watch;
+
+/// What shall go wrong. Shared between a test and the storage.
+pub struct Faults {
+    held: watch::Sender<bool>,
+    failures: Mutex<VecDeque<StorageError>>,
+    /// Appends that have begun, whether or not they are held.
+    pub appends: AtomicUsize,
+    /// Calls that change what is stored, appends excepted, since [`Faults::kill_at`].
+    pub upkeep_calls: AtomicUsize,
+    kill_at: AtomicUsize,
+    killed_after_effect: Mutex<bool>,
+    dead: watch::Sender<bool>,
+}
+
+pub struct FaultyStorage {
+    inner: MemoryStorage,
+    faults: Arc<Faults>,
+}
+
+impl FaultyStorage {
+    /// Another handle to this store, with faults of its own.
+    pub fn new(store: &MemoryStorage) -> (Self, Arc<Faults>) {
+        let faults = Arc::new(Faults {
+            held: watch::Sender::new(false),
+            failures: Mutex::default(),
+            appends: AtomicUsize::new(0),
+            upkeep_calls: AtomicUsize::new(0),
+            kill_at: AtomicUsize::new(usize::MAX),
+            killed_after_effect: Mutex::new(false),
+            dead: watch::Sender::new(false),
+        });
+        (Self { inner: store.reopen(), faults: faults.clone() }, faults)
+    }
+
+    fn alive(&self) -> Result<(), StorageError> {
+        match *self.faults.dead.borrow() {
+            true => Err(StorageError::Fatal("the process is dead".into())),
+            false => Ok(()),
+        }
+    }
+
+    /// A call that makes or prunes a base: here the process may die, before the effect or after it.
+    async fn upkeep<T>(
+        &self,
+        call: impl Future<Output = Result<T, StorageError>>,
+    ) -> Result<T, StorageError> {
+        self.alive()?;
+        let number = self.faults.upkeep_calls.fetch_add(1, Ordering::SeqCst);
+        let dies_here = number == self.faults.kill_at.load(Ordering::SeqCst);
+        if dies_here && !*self.faults.killed_after_effect.lock() {
+            self.faults.kill();
+        }
+        self.alive()?;
+        let result = call.await;
+        if dies_here {
+            self.faults.kill();
+        }
+        self.alive()?;
+        result
+    }
+}
+
+impl Faults {
+    /// From now on appends wait, before anything is stored.
+    pub fn hold_appends(&self) {
+        self.held.send_replace(true);
+    }
+
+    pub fn release_appends(&self) {
+        self.held.send_replace(false);
+    }
+
+    /// The next append that begins fails like this, with nothing stored.
+    pub fn fail_next_append(&self, error: StorageError) {
+        self.failures.lock().push_back(error);
+    }
+
+    /// The process dies at this call of those that make or prune a base, counted from 0 and from now.
+    pub fn kill_at(&self, call: usize, after_effect: bool) {
+        *self.killed_after_effect.lock() = after_effect;
+        self.upkeep_calls.store(0, Ordering::SeqCst);
+        self.kill_at.store(call, Ordering::SeqCst);
+    }
+
+    /// From now on nothing is stored any more.
+    pub fn kill(&self) {
+        self.dead.send_replace(true);
+    }
+
+    pub fn is_dead(&self) -> bool {
+        *self.dead.borrow()
+    }
+}
+
+#[async_trait]
+impl Storage for FaultyStorage {
+    async fn region_identity(&self, region: &RegionName) -> Result<StorageId, StorageError> {
+        self.inner.region_identity(region).await
+    }
+
+    async fn claim_origin(
+        &self,
+        region: &RegionName,
+        group: &PlacementGroup,
+        slot: u32,
+    ) -> Result<ClaimedOrigin, StorageError> {
+        self.inner.claim_origin(region, group, slot).await
+    }
+
+    async fn append(
+        &self,
+        origin: &ClaimedOrigin,
+        first_seq: Seq,
+        batch: &[DocumentAppend],
+    ) -> Result<Seq, StorageError> {
+        self.alive()?;
+        self.faults.appends.fetch_add(1, Ordering::SeqCst);
+        let _ = self.faults.held.subscribe().wait_for(|held| !held).await;
+        if let Some(error) = self.faults.failures.lock().pop_front() {
+            return Err(error);
+        }
+        self.alive()?;
+        self.inner.append(origin, first_seq, batch).await
+    }
+
+    async fn load_document(&self, document: &DocumentId) -> Result<Option<StoredDocument>, StorageError> {
+        self.alive()?;
+        self.inner.load_document(document).await
+    }
+
+    async fn read_base_chunk(&self, document: &DocumentId) -> Result<Option<(u64, Bytes)>, StorageError> {
+        self.alive()?;
+        self.inner.read_base_chunk(document).await
+    }
+
+    async fn read_base_index(&self, document: &DocumentId) -> Result<Option<(u64, Bytes)>, StorageError> {
+        self.alive()?;
+        self.inner.read_base_index(document).await
+    }
+
+    async fn install_base(
+        &self,
+        document: &DocumentId,
+        replaces: u64,
+        base: NewBase,
+    ) -> Result<u64, StorageError> {
+        self.upkeep(self.inner.install_base(document, replaces, base)).await
+    }
+
+    async fn prune_changes(&self, document: &DocumentId, covered: &[ChangeHash]) -> Result<(), StorageError> {
+        self.upkeep(self.inner.prune_changes(document, covered)).await
+    }
+
+    async fn finish_prune(&self, document: &DocumentId, generation: u64) -> Result<(), StorageError> {
+        self.upkeep(self.inner.finish_prune(document, generation)).await
+    }
+
+    async fn set_state(&self, document: &DocumentId, state: &DocumentState) -> Result<(), StorageError> {
+        self.upkeep(self.inner.set_state(document, state)).await
+    }
+
+    async fn read_log(
+        &self,
+        origin: OriginId,
+        after: Seq,
+        limit: u32,
+    ) -> Result<Vec<LogEntry>, StorageError> {
+        self.inner.read_log(origin, after, limit).await
+    }
+
+    async fn truncate_log(&self, origin: OriginId, up_to: Seq) -> Result<(), StorageError> {
+        self.alive()?;
+        self.inner.truncate_log(origin, up_to).await
+    }
+
+    async fn statistics(&self) -> Result<StorageStatistics, StorageError> {
+        self.inner.statistics().await
+    }
+
+    async fn check(&self) -> Result<(), StorageError> {
+        self.alive()?;
+        self.inner.check().await
+    }
+
+    async fn close(&self) {
+        self.inner.close().await;
+    }
+}
