@@ -180,6 +180,24 @@ fn changes_asked_for_by_name_are_sent_even_if_they_are_in_the_base() {
 }
 
 #[test]
+fn what_builds_on_a_change_that_a_peer_lacks_is_sent_whatever_the_filter_says() {
+    let document = Document::new(5);
+    let hashes: Vec<ChangeHash> = document.changes.iter().map(|change| change.hash).collect();
+    let wrongly = [hashes[0], hashes[2]];
+    let have = vec![Have { last_sync: Vec::new(), bloom: BloomFilter::from_hashes(wrongly.iter()) }];
+    let mut session = SyncSession::new(false);
+    let message = SyncMessage { have, ..says(vec![hashes[0]]) };
+    session.receive(message, [], &document.graph);
+    match session.generate(&document.graph) {
+        Some(Reply::Single { message, with_base: false }) => {
+            let missing: Vec<_> = document.changes[1..].iter().map(|change| change.bytes.clone()).collect();
+            assert_eq!(message.changes, missing);
+        }
+        other => panic!("four changes are expected, not {other:?}"),
+    }
+}
+
+#[test]
 fn a_reader_whom_a_base_has_overtaken_gets_the_whole_document() {
     let mut document = Document::new(2);
     let (mut slow, mut quick) = (document.reader(), document.reader());
