@@ -20,6 +20,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::scenario::Name;
 use crate::servers::Kind;
@@ -96,10 +97,12 @@ fn main() -> Result<()> {
         if let Some(Hidden::Bare { file }) = arguments.command {
             return bare::serve(file).await;
         }
+        let mut terminate = signal(SignalKind::terminate())?;
         // Whichever way this ends, dropping the run ends the servers.
         tokio::select! {
             outcome = plan::run(arguments.into()) => outcome,
             _ = tokio::signal::ctrl_c() => bail!("interrupted; the servers were ended"),
+            _ = terminate.recv() => bail!("terminated; the servers were ended"),
         }
     })
 }

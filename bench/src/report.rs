@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::results::Results;
 use crate::scenario::Sizes;
 use crate::servers::Kind;
-use crate::targets;
+use crate::targets::{self, Outcome};
 
 pub const FANOUT_100: &str = "fan-out, 100 readers";
 pub const FANOUT_300: &str = "fan-out, 300 readers";
@@ -93,8 +93,14 @@ pub fn print(results: &Results) {
         results.skipped.iter().for_each(|(what, why)| println!("  {what}: {why}"));
     }
     println!("\ntargets (medians of {} or fewer rounds)", results.rounds());
-    for verdict in targets::judge(results) {
-        println!("  {verdict}");
+    let (missing, judged): (Vec<_>, Vec<_>) =
+        targets::judge(results).into_iter().partition(|verdict| verdict.outcome == Outcome::NotMeasured);
+    judged.iter().for_each(|verdict| println!("  {verdict}"));
+    if !missing.is_empty() {
+        println!(
+            "  {} more were not measured: a server or scenario they need was left out or failed",
+            missing.len()
+        );
     }
 }
 

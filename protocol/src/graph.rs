@@ -11,7 +11,7 @@
 //!
 //! Changes of a document are committed in the order of their positions, so durability is one number.
 //!
-//! The graph also is the door: [`Graph::ingest`] refuses what would crash or corrupt a stock Automerge that
+//! The graph also is the door (`graph/door.rs`): [`Graph::ingest`] refuses what would crash or corrupt a stock Automerge that
 //! receives it. It does not judge whether operations make sense to the CRDT; that shows when a base is made.
 //!
 //! # Invariants
@@ -26,78 +26,20 @@ use std::sync::Arc;
 use bytes::Bytes;
 use smallvec::SmallVec;
 
-use crate::base::{BaseActor, BaseEntry, BaseHead, BaseIndex, BaseSummary};
-use crate::change::Change;
-use crate::config::{ANCESTRY_STEPS_PER_CHANGE, Limits, MAX_OP_MAX, START_OP_JUMP_MAX};
+use crate::base::{BaseIndex, BaseSummary};
 use crate::ids::{ActorId, ChangeHash};
 
+mod compaction;
+mod door;
 mod past;
 mod pending;
 mod walk;
 
-use past::{Past, Reach, Steps};
+pub use compaction::Retired;
+pub use door::{Ingested, Refusal};
+
+use past::Past;
 use pending::Pending;
-
-/// Why a change was refused. Nothing was changed, except that changes which waited for this one are forgotten, since
-/// they can never be complete. Whether a change is refused depends on its ancestors and on its author's other
-/// changes, not on the order in which changes arrive; the two limits on effort, named last, excepted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum Refusal {
-    /// The author's sequence number does not follow the author's last change. Stock Automerge panics on it.
-    #[error("seq {found} does not follow the author's last, {last}")]
-    SeqGap { last: u64, found: u64 },
-    /// The author already made another change with this number: two copies of one author are writing.
-    #[error("the author already has another change numbered {seq}")]
-    SeqReused { seq: u64 },
-    /// The author's previous change is not among the ancestors.
-    #[error("the author's previous change is not an ancestor")]
-    PreviousNotAncestor,
-    /// The operation counter starts at or below that of a dependency. Such a document saves, and never loads again.
-    #[error("operations start at {start_op}, dependencies reach {reached}")]
-    StartOpTooLow { start_op: u64, reached: u64 },
-    /// The operation counter jumps so far that it would use up the document.
-    #[error("operations reach {max_op}, dependencies {reached}")]
-    StartOpTooHigh { max_op: u64, reached: u64 },
-    /// It names an author whom none of its ancestors has. Stock Automerge panics on it.
-    #[error("an operation names an author unknown to the change's ancestors")]
-    UnknownActor,
-    /// Too many changes wait for dependencies.
-    #[error("too many changes of this document wait for dependencies")]
-    PendingFull,
-    /// The document's history is so tangled that checking more of it costs too much.
-    #[error("the history is too tangled to check")]
-    TooTangled,
-}
-
-impl Refusal {
-    /// A short fixed word for metrics.
-    pub fn reason(&self) -> &'static str {
-        match self {
-            Refusal::SeqGap { .. } => "seq_gap",
-            Refusal::SeqReused { .. } => "seq_reused",
-            Refusal::PreviousNotAncestor => "previous_not_ancestor",
-            Refusal::StartOpTooLow { .. } => "start_op_too_low",
-            Refusal::StartOpTooHigh { .. } => "start_op_too_high",
-            Refusal::UnknownActor => "unknown_actor",
-            Refusal::PendingFull => "pending_full",
-            Refusal::TooTangled => "too_tangled",
-        }
-    }
-}
-
-/// What became of a change.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Ingested {
-    /// Already here, at whatever stage.
-    Known,
-    /// Waits for a dependency.
-    Pending,
-    /// Staged, together with pending changes that waited for it: these positions, in order.
-    Staged(std::ops::Range<u64>),
-    /// The change, or one that waits for it, refers to the inside of the base: load the index
-    /// ([`Graph::attach_index`]) and offer it again.
-    NeedsIndex,
-}
 
 /// A change in the tail.
 #[derive(Debug)]
@@ -298,166 +240,6 @@ impl Graph {
         self.base.heads.binary_search_by_key(&position, |head| head.position).ok()
     }
 
-    /// Offers a change. It is staged if everything it depends on is here, kept pending if not, refused if it would
-    /// harm those who receive it.
-    pub fn ingest(&mut self, change: Change, limits: &Limits) -> Result<Ingested, Refusal> {
-        let credit = ANCESTRY_STEPS_PER_CHANGE.saturating_mul(self.staged_end());
-        let allowed = limits.ancestry_steps_max.saturating_add(credit);
-        let mut steps = Steps::new(allowed.saturating_sub(self.steps_spent));
-        let before = steps.left();
-        let hash = change.hash;
-        let ingested = self.ingest_within(change, limits, &mut steps);
-        self.steps_spent = self.steps_spent.saturating_add(before - steps.left());
-        if ingested.is_err() {
-            self.pending.drop_dependents(hash);
-        }
-        ingested
-    }
-
-    fn ingest_within(
-        &mut self,
-        change: Change,
-        limits: &Limits,
-        steps: &mut Steps,
-    ) -> Result<Ingested, Refusal> {
-        if self.pending.contains(&change.hash) {
-            return Ok(Ingested::Known);
-        }
-        match self.is_known(&change)? {
-            Lookup::At(_) => return Ok(Ingested::Known),
-            Lookup::AskIndex => return Ok(Ingested::NeedsIndex),
-            Lookup::Absent => {}
-        }
-        // Those that wait for it may have dependencies that only the index knows; they are looked up with it.
-        if self.has_base() && self.index.is_none() && self.pending.awaits(&change.hash) {
-            return Ok(Ingested::NeedsIndex);
-        }
-        let parents = match self.resolve(&change) {
-            Resolved::All(parents) => parents,
-            Resolved::NeedsIndex => return Ok(Ingested::NeedsIndex),
-            Resolved::Missing(missing) => {
-                return if self.pending.insert(change, &missing, limits) {
-                    Ok(Ingested::Pending)
-                } else {
-                    Err(Refusal::PendingFull)
-                };
-            }
-        };
-        let Some(past) = self.check(&change, &parents, steps)? else {
-            return Ok(Ingested::NeedsIndex);
-        };
-        let start = self.staged_end();
-        let hash = change.hash;
-        self.stage(change, parents, past);
-        self.stage_dependents(hash, steps);
-        Ok(Ingested::Staged(start..self.staged_end()))
-    }
-
-    /// Tells a repeated change from a new one. A change numbered beyond its author's last cannot be in the base.
-    fn is_known(&self, change: &Change) -> Result<Lookup, Refusal> {
-        let last_seq = self.actor(&change.actor).map_or(0, |actor| actor.last_seq);
-        match self.lookup(&change.hash) {
-            Lookup::AskIndex if change.seq > last_seq => Ok(Lookup::Absent),
-            Lookup::Absent if change.seq <= last_seq => Err(Refusal::SeqReused { seq: change.seq }),
-            lookup => Ok(lookup),
-        }
-    }
-
-    fn actor(&self, id: &ActorId) -> Option<&ActorState> {
-        self.actor_numbers.get(id).map(|number| &self.actors[*number as usize])
-    }
-
-    fn resolve(&self, change: &Change) -> Resolved {
-        let mut parents = SmallVec::new();
-        let mut missing = Vec::new();
-        for dependency in &change.deps {
-            match self.lookup(dependency) {
-                Lookup::At(position) => parents.push(position),
-                // A dependency that waits itself is not in the base.
-                Lookup::AskIndex if self.pending.contains(dependency) => missing.push(*dependency),
-                Lookup::AskIndex => return Resolved::NeedsIndex,
-                Lookup::Absent => missing.push(*dependency),
-            }
-        }
-        if missing.is_empty() {
-            parents.sort_unstable();
-            Resolved::All(parents)
-        } else {
-            Resolved::Missing(missing)
-        }
-    }
-
-    /// The rules of the door. Returns what the change has among itself and its ancestors, its author excepted. `None`:
-    /// the index is needed to decide.
-    fn check(
-        &self,
-        change: &Change,
-        parents: &[u64],
-        steps: &mut Steps,
-    ) -> Result<Option<Arc<Past>>, Refusal> {
-        let last = self.actor(&change.actor);
-        let last_seq = last.map_or(0, |actor| actor.last_seq);
-        if change.seq <= last_seq {
-            return Err(Refusal::SeqReused { seq: change.seq });
-        }
-        if change.seq != last_seq + 1 {
-            return Err(Refusal::SeqGap { last: last_seq, found: change.seq });
-        }
-        let Some((past, reached)) = self.past_of(parents, steps)? else {
-            return Ok(None);
-        };
-        if let Some(actor) = last {
-            match self.descends_from(parents, actor.last_position, &past, steps)? {
-                Some(true) => {}
-                Some(false) => return Err(Refusal::PreviousNotAncestor),
-                None => return Ok(None),
-            }
-        }
-        check_counters(change, reached)?;
-        if last.is_none() {
-            // The author is added to a copy.
-            steps.spend(past.size())?;
-        }
-        let knows = |actor| self.actor_numbers.get(actor).is_some_and(|it| past.actors.contains(*it));
-        match change.other_actors.iter().all(knows) {
-            true => Ok(Some(past)),
-            false => Err(Refusal::UnknownActor),
-        }
-    }
-
-    fn stage(&mut self, change: Change, parents: SmallVec<[u64; 2]>, past: Arc<Past>) {
-        let position = self.staged_end();
-        let actor = self.actor_number(&change.actor);
-        let max_op = change.max_op();
-        let past = past.with_actor(actor);
-        self.past_size += self.new_past_size(&parents, &past);
-        let state = &mut self.actors[actor as usize];
-        state.last_seq = change.seq;
-        state.last_position = position;
-        self.tail_bytes += change.bytes.len();
-        self.positions.insert(change.hash, position);
-        for parent in &parents {
-            self.staged_heads.remove(parent);
-        }
-        self.staged_heads.insert(position);
-        self.nodes.push(Node {
-            hash: change.hash,
-            parents,
-            actor,
-            seq: change.seq,
-            max_op,
-            bytes: change.bytes,
-            past,
-            covers_all: self.staged_heads.len() == 1,
-        });
-    }
-
-    /// What a change's past adds, if it does not share that of a dependency.
-    fn new_past_size(&self, parents: &[u64], past: &Arc<Past>) -> usize {
-        let shares = |parent: &u64| self.node(*parent).is_some_and(|node| Arc::ptr_eq(&node.past, past));
-        if parents.iter().any(shares) { 0 } else { past.size() }
-    }
-
     fn actor_number(&mut self, id: &ActorId) -> u32 {
         if let Some(number) = self.actor_numbers.get(id) {
             return *number;
@@ -466,32 +248,6 @@ impl Graph {
         self.actors.push(ActorState { id: id.clone(), last_seq: 0, last_position: 0 });
         self.actor_numbers.insert(id.clone(), number);
         number
-    }
-
-    /// Stages every pending change whose dependencies are complete now that `hash` is staged. A pending change that
-    /// turns out to break a rule is dropped: whoever sent it was not promised anything.
-    fn stage_dependents(&mut self, hash: ChangeHash, steps: &mut Steps) {
-        let mut ready = self.pending.arrived(&hash);
-        while let Some(change) = ready.pop() {
-            let hash = change.hash;
-            let parents = match self.resolve(&change) {
-                Resolved::All(parents) => parents,
-                // One that had arrived was rolled back since.
-                Resolved::Missing(missing) => {
-                    self.pending.put_back(change, &missing);
-                    continue;
-                }
-                Resolved::NeedsIndex => unreachable!("the index is attached when somebody waits"),
-            };
-            match self.check(&change, &parents, steps) {
-                Ok(Some(past)) => {
-                    self.stage(change, parents, past);
-                    ready.extend(self.pending.arrived(&hash));
-                }
-                Ok(None) => unreachable!("the index is attached when somebody waits"),
-                Err(_) => self.pending.drop_dependents(hash),
-            }
-        }
     }
 
     /// Records that everything before `end` is committed, and moves the heads.
@@ -603,131 +359,4 @@ impl Graph {
         let position = *self.positions.get(hash)?;
         (position < self.durable_end).then_some(position)
     }
-
-    /// What a base that covers everything before `cut` has to say of itself: its summary, and the entries that
-    /// extend the current base's index.
-    ///
-    /// # Panics
-    /// If `cut` is not within the durable tail.
-    pub fn summarise(&self, cut: u64) -> (BaseSummary, Vec<BaseEntry>) {
-        assert!(cut >= self.tail_start() && cut <= self.durable_end, "a base covers durable changes");
-        let covered = &self.nodes[..(cut - self.tail_start()) as usize];
-        let mut old_heads: BTreeMap<u64, &BaseHead> =
-            self.base.heads.iter().map(|head| (head.position, head)).collect();
-        let mut heads = BTreeMap::new();
-        let mut actors = self.base.actors.clone();
-        let mut max_op = self.base.max_op;
-        let mut entries = Vec::with_capacity(covered.len());
-        for (offset, node) in covered.iter().enumerate() {
-            let position = self.tail_start() + offset as u64;
-            for parent in &node.parents {
-                old_heads.remove(parent);
-                heads.remove(parent);
-            }
-            heads.insert(position, offset);
-            // Authors are numbered in the order of their first change, so a new one is always the next.
-            let last = BaseActor {
-                id: self.actors[node.actor as usize].id.clone(),
-                last_seq: node.seq,
-                last_position: position,
-                last_hash: node.hash,
-            };
-            match actors.get_mut(node.actor as usize) {
-                Some(actor) => *actor = last,
-                None => actors.push(last),
-            }
-            max_op = max_op.max(node.max_op);
-            entries.push(BaseEntry {
-                hash: node.hash,
-                actor: node.actor,
-                max_op: node.max_op,
-                parents: node.parents.clone(),
-            });
-        }
-        let new_heads = heads.into_iter().map(|(position, offset)| {
-            let node = &covered[offset];
-            BaseHead { hash: node.hash, position, max_op: node.max_op, actors: node.past.actors.clone() }
-        });
-        let heads = old_heads.into_values().cloned().chain(new_heads).collect();
-        (BaseSummary { change_count: cut, max_op, heads, actors }, entries)
-    }
-
-    /// Takes `base` in the place of the old base and the tail before it. Positions stay what they were. Returns what is
-    /// no longer needed: to free the memory of many changes takes longer than all the rest, so let go of it when the
-    /// graph's lock is released.
-    ///
-    /// # Panics
-    /// If the base covers less than the old one or more than is durable.
-    pub fn rebase(&mut self, base: BaseSummary) -> Retired {
-        let cut = base.change_count;
-        assert!(cut >= self.tail_start() && cut <= self.durable_end, "a base covers durable changes");
-        let kept = self.nodes.split_off((cut - self.tail_start()) as usize);
-        let covered = std::mem::replace(&mut self.nodes, kept);
-        self.tail_bytes = self.nodes.iter().map(|node| node.bytes.len()).sum();
-        let mut retired = Retired { _positions: HashMap::new(), _index: self.index.take(), covered };
-        if retired.covered.len() > self.nodes.len() {
-            let kept = self.nodes.iter().zip(cut..).map(|(node, position)| (node.hash, position));
-            retired._positions = std::mem::replace(&mut self.positions, kept.collect());
-        } else {
-            for node in &retired.covered {
-                self.positions.remove(&node.hash);
-            }
-        }
-        self.set_base(base);
-        self.reach_base_anew();
-        self.measure_pasts();
-        retired
-    }
-
-    /// Works out again how much of the base each change of the tail reaches, after the base has moved.
-    fn reach_base_anew(&mut self) {
-        for offset in 0..self.nodes.len() {
-            let node = &self.nodes[offset];
-            let mut reach = match node.parents.is_empty() && self.has_base() {
-                true => Reach::From(Vec::new()),
-                false => Reach::Whole,
-            };
-            for (place, parent) in node.parents.iter().enumerate() {
-                let one = match self.node(*parent) {
-                    Some(parent) => parent.past.reach.clone(),
-                    None => self.reach_from(std::iter::once(*parent)),
-                };
-                reach = if place == 0 { one } else { self.merge_reach(&reach, &one) };
-            }
-            let first = node.parents.first().and_then(|parent| self.node(*parent));
-            let shared = first.filter(|it| it.past.reach == reach && it.past.actors == node.past.actors);
-            let past = match shared {
-                Some(parent) => parent.past.clone(),
-                None => Arc::new(Past { actors: node.past.actors.clone(), reach }),
-            };
-            self.nodes[offset].past = past;
-        }
-    }
-}
-
-/// What a graph gave up for a base. Dropping it frees the memory; that is all it is for.
-#[derive(Debug)]
-pub struct Retired {
-    covered: Vec<Node>,
-    _positions: HashMap<ChangeHash, u64>,
-    _index: Option<Arc<BaseIndex>>,
-}
-
-/// What a change depends on, looked up.
-enum Resolved {
-    All(SmallVec<[u64; 2]>),
-    Missing(Vec<ChangeHash>),
-    NeedsIndex,
-}
-
-/// Where a change's operations may start, when those of its dependencies have reached `reached`.
-fn check_counters(change: &Change, reached: u64) -> Result<(), Refusal> {
-    if change.start_op <= reached {
-        return Err(Refusal::StartOpTooLow { start_op: change.start_op, reached });
-    }
-    let max_op = change.max_op().max(change.start_op);
-    if change.start_op > reached.saturating_add(START_OP_JUMP_MAX) || max_op > MAX_OP_MAX {
-        return Err(Refusal::StartOpTooHigh { max_op, reached });
-    }
-    Ok(())
 }

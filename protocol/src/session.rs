@@ -28,8 +28,6 @@
 //! that the peer does not follow with anything new are counted and limited, so that a peer that cannot apply what it
 //! gets, or that has another idea of the protocol, does not keep both busy for ever.
 
-use std::ops::Range;
-
 use smallvec::SmallVec;
 
 use crate::bloom::BloomFilter;
@@ -37,6 +35,10 @@ use crate::config::{FRUITLESS_REPLIES_MAX, UNANSWERED_MESSAGES_MAX};
 use crate::graph::Graph;
 use crate::ids::ChangeHash;
 use crate::sync_message::{Have, SyncFlags, SyncMessage, SyncVersion};
+
+mod positions;
+
+use positions::Positions;
 
 /// What to send to the peer.
 #[derive(Debug, Clone)]
@@ -408,57 +410,5 @@ enum Lacking {
 impl Lacking {
     fn at(positions: Vec<u64>) -> Self {
         if positions.is_empty() { Lacking::Nothing } else { Lacking::Positions(positions) }
-    }
-}
-
-/// A set of positions, as ascending ranges that neither touch nor overlap.
-#[derive(Debug, Default)]
-struct Positions {
-    ranges: SmallVec<[Range<u64>; 1]>,
-}
-
-impl Positions {
-    fn extend(&mut self, mut positions: Vec<u64>) {
-        positions.sort_unstable();
-        let mut all: Vec<Range<u64>> = self.ranges.drain(..).collect();
-        for position in positions {
-            match all.last_mut() {
-                Some(last) if last.end == position => last.end += 1,
-                Some(last) if last.contains(&position) => {}
-                _ => all.push(position..position + 1),
-            }
-        }
-        all.sort_unstable_by_key(|range| range.start);
-        for range in all {
-            match self.ranges.last_mut() {
-                Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
-                _ => self.ranges.push(range),
-            }
-        }
-    }
-
-    fn contains(&self, position: u64) -> bool {
-        let after = self.ranges.partition_point(|range| range.start <= position);
-        after > 0 && position < self.ranges[after - 1].end
-    }
-
-    fn forget_before(&mut self, start: u64) {
-        self.ranges.retain(|range| range.end > start);
-    }
-
-    /// What `span` has beside these positions.
-    fn gaps_in(&self, span: Range<u64>) -> SmallVec<[Range<u64>; 2]> {
-        let mut gaps = SmallVec::new();
-        let mut at = span.start;
-        for range in &self.ranges {
-            if at < range.start.min(span.end) {
-                gaps.push(at..range.start.min(span.end));
-            }
-            at = at.max(range.end);
-        }
-        if at < span.end {
-            gaps.push(at..span.end);
-        }
-        gaps
     }
 }

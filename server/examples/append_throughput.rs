@@ -173,7 +173,11 @@ async fn measure(
         for side in [0, 1] {
             let tally = if side == 0 { &mut bare_tally } else { &mut append_tally };
             let mut spent = Duration::ZERO;
-            while spent < round {
+            // The first round goes on until the write-ahead log has its full length.
+            let at_least = if counted == 0 { 1_500 } else { 0 };
+            let mut batches = 0;
+            while spent < round || batches < at_least {
+                batches += 1;
                 let batch = source.batch(size);
                 let begun = Instant::now();
                 match side {

@@ -26,6 +26,14 @@ pub struct Package {
     pub license: Option<String>,
     /// Absent for the packages of this workspace.
     pub source: Option<String>,
+    pub targets: Vec<Target>,
+}
+
+/// What cargo builds of a package.
+#[derive(Deserialize)]
+pub struct Target {
+    pub name: String,
+    pub kind: Vec<String>,
 }
 
 /// The folder of the workspace.
@@ -41,6 +49,20 @@ pub fn metadata() -> Result<Metadata> {
 /// Where cargo puts what it builds.
 pub fn target_directory() -> Result<PathBuf> {
     Ok(read_metadata(&["--no-deps"])?.target_directory)
+}
+
+/// The package in a folder of its own, outside of this workspace.
+pub fn package_in(folder: &str) -> Result<Package> {
+    let manifest = format!("{folder}/Cargo.toml");
+    let packages = read_metadata(&["--no-deps", "--manifest-path", &manifest])?.packages;
+    packages.into_iter().next().with_context(|| format!("{manifest} describes no package"))
+}
+
+/// The platform that this compiler builds for unless told otherwise.
+pub fn host() -> Result<String> {
+    let version = Command::new("rustc").arg("-vV").read()?;
+    let host = version.lines().find_map(|line| line.strip_prefix("host: "));
+    Ok(host.context("rustc -vV names no host")?.to_owned())
 }
 
 fn read_metadata(arguments: &[&str]) -> Result<Metadata> {

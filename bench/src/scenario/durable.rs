@@ -38,11 +38,7 @@ pub async fn run(environment: &Environment, kind: Kind, load: &Load) -> Result<S
     let mut writers: JoinSet<(Document, u32)> = JoinSet::new();
     let stop = Arc::new(AtomicBool::new(false));
     let mut counters = Vec::new();
-    for number in 0..load.clients {
-        let document = Document::numbered(number, &load.chain);
-        server.create(&document).await?;
-        let name = format!("writer-{number}");
-        let client = upload(&server.address(&document), kind.dialect(), &document, &name).await?;
+    for client in upload_all(&server, kind, load).await? {
         let counter = Arc::new(AtomicU32::new(client.session.acknowledged()));
         counters.push(Arc::clone(&counter));
         writers.spawn(write(client, load.window, Arc::clone(&stop), counter));
@@ -73,6 +69,20 @@ pub async fn run(environment: &Environment, kind: Kind, load: &Load) -> Result<S
     server.restart().await?;
     count_lost(&server, kind, promised, &mut sample).await;
     Ok(sample)
+}
+
+/// The clients, each with its document uploaded.
+async fn upload_all(server: &Server<'_>, kind: Kind, load: &Load) -> Result<Vec<Client>> {
+    let mut uploads = JoinSet::new();
+    for number in 0..load.clients {
+        let document = Document::numbered(number, &load.chain);
+        server.create(&document).await?;
+        let address = server.address(&document);
+        uploads.spawn(async move {
+            upload(&address, kind.dialect(), &document, &format!("writer-{number}")).await
+        });
+    }
+    uploads.join_all().await.into_iter().collect()
 }
 
 /// Writes until told to stop or the connection breaks; returns how many links were acknowledged.

@@ -1,11 +1,11 @@
 //! Connections that have a document open and do nothing: what they cost in memory and CPU.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
 use super::{CpuMark, reader, stopped_clock};
-use crate::client::{Crowd, JOIN_PATIENCE, Timeline};
+use crate::client::{Crowd, Timeline};
 use crate::results::Sample;
 use crate::servers::{Environment, Kind, Server};
 use crate::session::Session;
@@ -13,6 +13,9 @@ use crate::workload::{Chain, Document};
 
 /// Clients that connect at once.
 const CONNECT_BATCH: u32 = 50;
+
+/// How long all connections together may take. A server that needs longer is said to have given up.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(20);
 
 pub struct Load {
     pub chain: std::sync::Arc<Chain>,
@@ -27,6 +30,7 @@ pub async fn run(environment: &Environment, kind: Kind, load: &Load) -> Result<S
     let timeline = Timeline::new(load.chain.links());
     let mut crowds = [Crowd::default(), Crowd::default()];
     let mut resident = [0; 2];
+    let deadline = Instant::now() + CONNECT_PATIENCE;
     // First whoever uploads the documents, then the connections that are counted.
     for (phase, count) in [load.documents, load.connections].into_iter().enumerate() {
         for number in 0..count {
@@ -40,7 +44,9 @@ pub async fn run(environment: &Environment, kind: Kind, load: &Load) -> Result<S
             crowds[phase].add(server.address(&document), session, reader(&timeline), clock.clone());
             if (number + 1) % CONNECT_BATCH == 0 || number + 1 == count {
                 let progress = &crowds[phase].progress;
-                let joined = progress.wait_joined(number + 1, JOIN_PATIENCE).await;
+                let joined = progress
+                    .wait_joined(number + 1, deadline.saturating_duration_since(Instant::now()))
+                    .await;
                 if joined <= number {
                     let [first, second] = crowds;
                     let mut seen = first.finish().await;

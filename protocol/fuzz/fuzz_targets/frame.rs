@@ -2,7 +2,9 @@
 //! Client frames: nothing panics, and what was decoded survives being encoded.
 
 use isobar_protocol::ids::PeerId;
-use isobar_protocol::wire::{ClientFrame, PeerFrame, encode_ephemeral, encode_remote_heads_changed, encode_sync};
+use isobar_protocol::wire::{
+    ClientFrame, PeerFrame, encode_ephemeral, encode_remote_heads_changed, encode_sync,
+};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {

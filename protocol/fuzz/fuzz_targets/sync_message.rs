@@ -10,7 +10,9 @@ fuzz_target!(|data: &[u8]| {
     let theirs = automerge::sync::Message::decode(data).expect("automerge takes what we take");
     assert!(ours.heads.iter().map(|hash| hash.0).eq(theirs.heads.iter().map(|hash| hash.0)));
     assert!(ours.need.iter().map(|hash| hash.0).eq(theirs.need.iter().map(|hash| hash.0)));
-    assert!(ours.changes.iter().map(|change| &change[..]).eq(theirs.changes.iter().filter(|c| !c.is_empty())));
+    assert!(
+        ours.changes.iter().map(|change| &change[..]).eq(theirs.changes.iter().filter(|c| !c.is_empty()))
+    );
     let probe = [data.len() as u8; 32];
     for (ours, theirs) in ours.have.iter().zip(&theirs.have) {
         let found = ours.bloom.contains(&isobar_protocol::ids::ChangeHash(probe));

@@ -258,6 +258,30 @@ fn extras_are_read_and_foreign_values_under_their_key_ignored() {
 }
 
 #[test]
+fn times_are_finite_and_not_negative() {
+    let heads = |timestamp: f64| {
+        let frame = Cbor::map(4)
+            .texts("type", "remote-heads-changed")
+            .texts("senderId", "me")
+            .texts("documentId", DOCUMENT)
+            .text("newHeads")
+            .raw(&[0xa1])
+            .text("disk")
+            .raw(&[0xa2])
+            .pair("heads", &[0x80])
+            .pair("timestamp", &[&[0xfb][..], &timestamp.to_be_bytes()].concat());
+        match frame.decode()? {
+            ClientFrame::RemoteHeadsChanged { heads, .. } => Ok(heads[0].timestamp),
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(heads(1.5), Ok(1.5));
+    for timestamp in [f64::INFINITY, f64::NAN, -1.0] {
+        assert_eq!(heads(timestamp), Err(WireError::Range("timestamp")));
+    }
+}
+
+#[test]
 fn every_prefix_of_a_frame_is_refused() {
     let heads = RemoteHeads { storage_id: storage("s"), heads: vec![ChangeHash([3; 32])], timestamp: 1.7e12 };
     for frame in [

@@ -245,6 +245,20 @@ fn actions_and_values_fit_each_other() {
     assert!(action(5, 0x14, &[1, 2]).decode().is_ok());
     assert_refused(action(3, 0, &[]), ACTION, ColumnProblem::Value);
     assert_refused(action(0, 0x14, &[1, 2]), ACTION, ColumnProblem::Value);
+    // Deletions and increments of elements that they would insert themselves.
+    let inserting = |action| {
+        let elements =
+            Draft::honest().with(KEY_TEXT, &[]).with(KEY_ACTOR, &[2, 0]).with(KEY_COUNTER, &[0x7e, 5, 1]);
+        let elements = elements.with(ACTION, &[2, action]).with_predecessors(&[2, 0], &[0x7e, 5, 1]);
+        match action {
+            5 => elements.with(VALUE_TYPE, &[2, 0x14]).with(VALUE, &[1, 2]),
+            _ => elements.with(VALUE_TYPE, &[2, 0]).with(VALUE, &[]),
+        }
+    };
+    for action in [3, 5] {
+        assert!(inserting(action).decode().is_ok());
+        assert_refused(inserting(action).with(INSERT, &[0, 2]), ACTION, ColumnProblem::Value);
+    }
     assert!(action(0, 0, &[]).decode().is_ok());
     // A mark is an insert.
     assert_refused(action(7, 0, &[]), ACTION, ColumnProblem::Value);

@@ -22,7 +22,7 @@ use isobar_protocol::wire::{
 };
 
 use crate::authors::follow;
-use crate::changes::sealed_as;
+use crate::draft::sealed_as;
 
 fn folder(target: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds").join(target)
@@ -185,7 +185,7 @@ fn frame_seeds_are_accepted() {
             encode_error("server", "peer-1", "no"),
             encode_unavailable(&me, &you, &document),
             encode_ephemeral("peer-2", &you, &document, "session", 1 << 40, &[1, 2, 3]),
-            encode_remote_subscription_change(&me, &you, &[storage_id.clone()], &[storage_id]),
+            encode_remote_subscription_change(&me, &you, std::slice::from_ref(&storage_id), &[]),
             encode_remote_heads_changed(&me, &you, &document, &[remote]),
             encode_sync(true, &me, &you, &document, &[0x42, 0, 0, 0, 0]),
             encode_sync(false, &me, &you, &document, &[0x43, 0, 0, 0, 0, 2, 2, 0x84]),

@@ -24,9 +24,10 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Connections that read. Reads do not wait for the writer, and a machine has only so many cores.
 const READERS_MAX: u32 = 4;
 
-/// Pages of write-ahead log (4 KiB each) before they are moved into the file. Changes scatter over their documents'
-/// leaves, and the same leaves come again and again: a larger log moves each of them once for many commits.
-const CHECKPOINT_PAGES: u32 = 4_000;
+/// Pages of write-ahead log (4 KiB each) before they are moved into the file. More would move pages that change
+/// often less often; but until the log has reached this length once, each commit makes its file longer, and
+/// recording the file's new length is one more thing a commit waits for.
+const CHECKPOINT_PAGES: u32 = 1_000;
 
 /// What the write-ahead log is cut back to after it grew under a long read.
 const WAL_BYTES_KEPT: u32 = 64 << 20;
