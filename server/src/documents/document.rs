@@ -19,6 +19,7 @@ use isobar_protocol::sync_message::SyncMessage;
 use isobar_protocol::wire::{RemoteHeads, SharedSyncFrame};
 use parking_lot::{Mutex, MutexGuard};
 
+use super::LoadError;
 use crate::commit::{Committer, Permit, Submission};
 use crate::outbox::{LossyFrame, Outbox, Slot};
 use crate::storage::StoredChange;
@@ -199,11 +200,16 @@ impl Document {
         step
     }
 
-    pub fn attach_index(&self, generation: u64, index: Arc<BaseIndex>) {
+    /// Attaches the index of this generation's base. Nothing happens if the document has another base by now.
+    pub fn attach_index(&self, generation: u64, index: Arc<BaseIndex>) -> Result<(), LoadError> {
         let mut state = self.lock();
         if state.generation == generation {
+            if index.len() as u64 != state.graph.tail_start() {
+                return Err(LoadError::BaseIncomplete);
+            }
             state.graph.attach_index(index);
         }
+        Ok(())
     }
 
     /// Keeps a frame for the next session that needs the same.
