@@ -26,6 +26,8 @@ use crate::telemetry::Metrics;
 mod compaction;
 mod document;
 
+use document::PendingRoom;
+
 pub use document::{Document, Incoming, IngestStep, Outgoing, SharedKey, SubscriberKey, joined};
 
 /// A tail of more bytes is parsed on a blocking thread: it takes longer than a millisecond.
@@ -62,6 +64,7 @@ pub struct Documents {
     limits: Limits,
     resident_bytes_max: usize,
     idle: Duration,
+    pending: PendingRoom,
     slots: Mutex<HashMap<DocumentId, Slot>>,
     /// Each document stands here at most once.
     compactions: mpsc::UnboundedSender<Arc<Document>>,
@@ -102,6 +105,7 @@ impl Documents {
             limits,
             resident_bytes_max,
             idle,
+            pending: PendingRoom::new(resident_bytes_max / 2),
             slots: Mutex::new(HashMap::new()),
             compactions,
         });
@@ -132,23 +136,24 @@ impl Documents {
     }
 
     async fn load(&self, id: &DocumentId) -> Result<Arc<Document>, LoadError> {
+        let pending = self.pending.clone();
         let Some(stored) = self.storage.load_document(id).await? else {
-            return Ok(Arc::new(Document::new(id.clone(), Graph::new(), 0, false)));
+            return Ok(Arc::new(Document::new(id.clone(), Graph::new(), 0, false, pending)));
         };
         self.metrics.documents_loaded.increment(1);
         let quarantined = matches!(stored.state, DocumentState::Quarantined { .. });
         let generation = stored.base.as_ref().map_or(0, |base| base.generation);
         if quarantined {
-            return Ok(Arc::new(Document::new(id.clone(), Graph::new(), generation, true)));
+            return Ok(Arc::new(Document::new(id.clone(), Graph::new(), generation, true, pending)));
         }
         match self.load_graph(id, stored).await {
-            Ok(graph) => Ok(Arc::new(Document::new(id.clone(), graph, generation, false))),
+            Ok(graph) => Ok(Arc::new(Document::new(id.clone(), graph, generation, false, pending))),
             Err(LoadError::Storage(error)) => Err(LoadError::Storage(error)),
             Err(error) => {
                 // Only in memory: whoever mends what is stored need not undo a mark as well.
                 tracing::error!(document = %id, %error, "stored document is damaged, quarantined");
                 self.metrics.quarantines.increment(1);
-                Ok(Arc::new(Document::new(id.clone(), Graph::new(), generation, true)))
+                Ok(Arc::new(Document::new(id.clone(), Graph::new(), generation, true, pending)))
             }
         }
     }
