@@ -244,9 +244,12 @@ async fn talk(node: &Node) -> (DocumentId, Client, Client) {
 async fn presence_beyond_a_rate_is_dropped_and_counted() {
     let node = Node::start(MemoryStorage::new()).await;
     let (document, mut talker, mut listener) = talk(&node).await;
+    let started = Instant::now();
     for count in 1..=1_000 {
         talker.ephemeral(&document, count, b"cursor").await;
     }
+    // A burst of 200 and 100 a second, which is less than what may wait for the listener.
+    let most = 200 + (started.elapsed().as_secs_f64() * 100.0) as usize + 20;
     // Whatever was relayed stands before this edit.
     talker.write(&document, |doc| put(doc, "edits", 1)).await;
     let mut heard = Vec::new();
@@ -256,7 +259,7 @@ async fn presence_beyond_a_rate_is_dropped_and_counted() {
         }
     }
     assert!(heard.is_sorted() && heard.starts_with(&[1, 2, 3]), "{heard:?}");
-    assert!((200..900).contains(&heard.len()), "{} were relayed", heard.len());
+    assert!((200..=most).contains(&heard.len()), "{} were relayed, at most {most} should be", heard.len());
     let dropped = node.metric("isobar_lossy_frames_dropped_total").await;
     assert_eq!(dropped, (1_000 - heard.len()) as f64);
 }
