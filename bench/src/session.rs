@@ -166,6 +166,10 @@ impl Session {
             }
             _ => {
                 let change = [link.chunk.clone()];
+                if matches!(self.dialect, Dialect::Bare { .. }) {
+                    // Nobody acknowledges here; without this, the Bloom filter would grow with every edit.
+                    self.automerge.shared = self.held;
+                }
                 self.held += 1;
                 self.send_automerge(false, &change, out);
             }
