@@ -9,7 +9,7 @@ use std::sync::Arc;
 use drafts::Draft;
 use isobar_protocol::base::{BaseIndex, BaseSummary};
 use isobar_protocol::config::Limits;
-use isobar_protocol::graph::{Graph, Ingested};
+use isobar_protocol::graph::{Graph, Ingested, Refusal};
 
 const ANNA: u8 = 1;
 const BEN: u8 = 2;
@@ -62,6 +62,29 @@ fn a_change_that_builds_on_the_inside_asks_for_the_index_and_is_judged_by_it() {
     // What builds on the tail needs it no more.
     let on_top = Draft::new(CARL, 2, 4, &[&branch.change()]);
     assert_eq!(offer(&mut graph, &on_top), Ingested::Staged(5..6));
+}
+
+#[test]
+fn a_change_of_the_tail_reaches_no_more_of_a_new_base_than_it_descends_from() {
+    let mut graph = Graph::new();
+    let root = Draft::new(ANNA, 1, 1, &[]);
+    let left = Draft::new(BEN, 1, 2, &[&root.change()]);
+    let right = Draft::new(CARL, 1, 2, &[&root.change()]);
+    let on_left = Draft::new(ANNA, 2, 3, &[&left.change()]);
+    for draft in [&root, &left, &right, &on_left] {
+        assert!(matches!(offer(&mut graph, draft), Ingested::Staged(_)));
+    }
+    graph.advance_durable(4);
+    let (summary, entries) = graph.summarise(3);
+    graph.rebase(summary);
+    // Carl's change is in the base, which the tail covers by half.
+    let without_own = Draft::new(CARL, 2, 4, &[&on_left.change()]);
+    assert_eq!(offer(&mut graph, &without_own), Ingested::NeedsIndex);
+    graph.attach_index(Arc::new(BaseIndex::default().extended(entries.into_iter())));
+    let refused = graph.ingest(without_own.change(), &Limits::default());
+    assert_eq!(refused, Err(Refusal::PreviousNotAncestor));
+    let with_own = Draft::new(CARL, 2, 4, &[&on_left.change(), &right.change()]);
+    assert_eq!(offer(&mut graph, &with_own), Ingested::Staged(4..5));
 }
 
 #[test]

@@ -198,6 +198,28 @@ fn an_author_builds_on_their_own_last_change() {
 }
 
 #[test]
+fn what_was_rolled_back_leaves_nothing_behind_that_attacks_could_build_on() {
+    let history = History::written();
+    let (a2, c1) = (&history.a2.change(), &history.c1.change());
+    for kept in EVERYWHERE {
+        let mut keeper = Keeper::new(&history, kept);
+        let (heads, bytes) = (keeper.graph.heads(), keeper.graph.tail_bytes());
+        let merge = Draft::new(EVE, 1, 5, &[a2, c1]).change();
+        assert_eq!(keeper.offer(&merge, &Limits::default()), Ok(Ingested::Staged(4..5)));
+        keeper.graph.roll_back_staged();
+        assert_eq!((keeper.graph.heads(), keeper.graph.tail_bytes()), (heads, bytes));
+        assert_eq!((keeper.graph.change_count(), keeper.graph.position(&merge.hash)), (4, None));
+        // In the place of the merge stands a change that does not know Carl.
+        let ben = Draft::new(BEN, 2, 5, &[a2]).change();
+        assert_eq!(keeper.offer(&ben, &Limits::default()), Ok(Ingested::Staged(4..5)));
+        let attack = Draft::new(CARL, 2, 6, &[&ben]).change();
+        assert_eq!(keeper.offer(&attack, &Limits::default()), Err(Refusal::PreviousNotAncestor), "{kept:?}");
+        let honest = Draft::new(CARL, 2, 6, &[&ben, c1]).change();
+        assert_eq!(keeper.offer(&honest, &Limits::default()), Ok(Ingested::Staged(5..6)), "{kept:?}");
+    }
+}
+
+#[test]
 fn operations_name_authors_among_the_ancestors() {
     let history = History::written();
     let attacks = Attacks::on(&history);

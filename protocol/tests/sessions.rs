@@ -180,6 +180,128 @@ fn changes_asked_for_by_name_are_sent_even_if_they_are_in_the_base() {
 }
 
 #[test]
+fn what_builds_on_a_change_that_a_peer_lacks_is_sent_whatever_the_filter_says() {
+    let document = Document::new(5);
+    let hashes: Vec<ChangeHash> = document.changes.iter().map(|change| change.hash).collect();
+    let wrongly = [hashes[0], hashes[2]];
+    let have = vec![Have { last_sync: Vec::new(), bloom: BloomFilter::from_hashes(wrongly.iter()) }];
+    let mut session = SyncSession::new(false);
+    let message = SyncMessage { have, ..says(vec![hashes[0]]) };
+    session.receive(message, [], &document.graph);
+    match session.generate(&document.graph) {
+        Some(Reply::Single { message, with_base: false }) => {
+            let missing: Vec<_> = document.changes[1..].iter().map(|change| change.bytes.clone()).collect();
+            assert_eq!(message.changes, missing);
+        }
+        other => panic!("four changes are expected, not {other:?}"),
+    }
+}
+
+#[test]
+fn a_peer_has_the_base_if_its_heads_or_its_filter_say_so() {
+    let mut document = Document::new(6);
+    let (summary, _) = document.graph.summarise(4);
+    document.graph.rebase(summary);
+    let base_head = document.changes[3].hash;
+    let own = ChangeHash([7; 32]);
+    let reply = |heads: &[ChangeHash], last_sync: &[ChangeHash], filter: &[ChangeHash]| {
+        let mut session = SyncSession::new(false);
+        let bloom = BloomFilter::from_hashes(filter.iter());
+        let have = vec![Have { last_sync: last_sync.to_vec(), bloom }];
+        session.receive(SyncMessage { have, ..says(heads.to_vec()) }, [], &document.graph);
+        session.generate(&document.graph)
+    };
+    let tail = |reply: Option<Reply>| match reply {
+        Some(Reply::Single { message, with_base: false }) => message.changes.len(),
+        other => panic!("single changes are expected, not {other:?}"),
+    };
+    // A head of its own says nothing; what it shares with us, or its filter, does.
+    assert!(matches!(reply(&[own], &[], &[own]), Some(Reply::Whole { to: 6 })));
+    assert!(matches!(reply(&[own], &[ChangeHash([8; 32])], &[own]), Some(Reply::Whole { to: 6 })));
+    assert!(matches!(reply(&[document.changes[1].hash], &[], &[]), Some(Reply::Whole { to: 6 })));
+    assert_eq!(tail(reply(&[own], &[], &[own, base_head])), 2);
+    assert_eq!(tail(reply(&[own], &[base_head], &[own])), 2);
+    assert_eq!(tail(reply(&[document.changes[4].hash], &[], &[])), 1);
+}
+
+#[test]
+fn heads_that_fall_back_show_a_loss() {
+    let document = Document::new(6);
+    let mut reader = document.reader();
+    reader.receive(says(vec![document.changes[2].hash]), [], &document.graph);
+    match reader.generate(&document.graph) {
+        Some(Reply::Single { message, .. }) => assert_eq!(message.changes.len(), 3),
+        other => panic!("three changes are expected, not {other:?}"),
+    }
+}
+
+#[test]
+fn a_peer_that_resets_is_placed_by_what_it_says_then() {
+    let document = Document::new(6);
+    let mut reader = document.reader();
+    let flags = SyncFlags::default().with(SyncFlags::SYNC_RESET);
+    let have = vec![Have { last_sync: vec![document.changes[3].hash], bloom: BloomFilter::default() }];
+    // Its heads are where they were; it only wants to be told again.
+    let message = SyncMessage { flags: Some(flags), have, ..says(document.graph.heads()) };
+    reader.receive(message, [], &document.graph);
+    assert_eq!(span(reader.generate(&document.graph)), (6, 6));
+}
+
+#[test]
+fn a_peer_that_takes_nothing_is_sent_nothing_and_can_give() {
+    let mut document = Document::new(3);
+    let mut giver = SyncSession::new(false);
+    let read_only = Some(SyncFlags::default().with(SyncFlags::READ_ONLY));
+    let heads = vec![document.changes[0].hash];
+    giver.receive(SyncMessage { flags: read_only, ..says(heads.clone()) }, [], &document.graph);
+    let told = |reply: Option<Reply>| match reply {
+        Some(Reply::Single { message, with_base: false }) => *message,
+        other => panic!("a message of its own is expected, not {other:?}"),
+    };
+    let message = told(giver.generate(&document.graph));
+    assert!(message.changes.is_empty());
+    // It sends what is not among the ancestors of this, so it must not be more than it has.
+    assert_eq!(message.have, [Have { last_sync: heads.clone(), bloom: BloomFilter::default() }]);
+    document.write();
+    assert!(told(giver.generate(&document.graph)).changes.is_empty());
+    // When it takes changes again, it is sent what it has missed.
+    giver.receive(says(heads), [], &document.graph);
+    match giver.generate(&document.graph) {
+        Some(Reply::Single { message, .. }) => assert_eq!(message.changes.len(), 3),
+        other => panic!("three changes are expected, not {other:?}"),
+    }
+}
+
+#[test]
+fn a_session_that_refuses_changes_says_so_and_asks_for_none() {
+    let document = Document::new(2);
+    let mut session = SyncSession::new(true);
+    session.receive(says(vec![ChangeHash([7; 32])]), [], &document.graph);
+    match session.generate(&document.graph) {
+        Some(Reply::Single { message, .. }) => {
+            assert!(message.flags.is_some_and(|flags| flags.contains(SyncFlags::READ_ONLY)));
+            assert_eq!((message.need.len(), message.changes.len()), (0, 2));
+        }
+        other => panic!("a message of its own is expected, not {other:?}"),
+    }
+    session.receive(says(vec![ChangeHash([7; 32]), document.changes[1].hash]), [], &document.graph);
+    assert!(session.generate(&document.graph).is_none(), "nothing is owed");
+}
+
+#[test]
+fn a_reader_whom_a_base_has_overtaken_gets_the_whole_document() {
+    let mut document = Document::new(2);
+    let (mut slow, mut quick) = (document.reader(), document.reader());
+    (0..4).for_each(|_| document.write());
+    assert_eq!(span(quick.generate(&document.graph)), (2, 6));
+    let (summary, _) = document.graph.summarise(4);
+    document.graph.rebase(summary);
+    document.write();
+    assert!(matches!(slow.generate(&document.graph), Some(Reply::Whole { to: 7 })));
+    assert_eq!(span(quick.generate(&document.graph)), (6, 7));
+}
+
+#[test]
 fn a_document_that_is_not_here_is_unavailable_once_and_sent_when_it_appears() {
     let mut document = Document::new(0);
     let mut reader = SyncSession::new(false);

@@ -132,8 +132,6 @@ pub struct Connection {
     answers_each: bool,
     ephemerals: TokenBucket,
     flushing: bool,
-    /// Something waits in the outbox.
-    woken: bool,
     traffic: Traffic,
     /// When a sign of life is looked for next.
     look_at: Instant,
@@ -142,6 +140,8 @@ pub struct Connection {
     /// The traffic at the last look.
     read_bytes: u64,
     written_bytes: u64,
+    /// Something waits in the outbox.
+    woken: bool,
     timer: Pin<Box<Sleep>>,
 }
 
@@ -201,12 +201,12 @@ impl Connection {
             uncommitted: ByteBudget::new(UNCOMMITTED_BYTES_MAX),
             ephemerals: TokenBucket::full(now),
             flushing: false,
-            woken: false,
             traffic,
             look_at: now + ping_after,
             silences: 0,
             read_bytes: 0,
             written_bytes: 0,
+            woken: false,
             timer: Box::pin(tokio::time::sleep(ping_after)),
         }
     }

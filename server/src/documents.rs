@@ -293,6 +293,7 @@ fn stored_limits() -> Limits {
         change_ops_max: u64::MAX,
         pending_changes_max: usize::MAX,
         pending_bytes_max: usize::MAX,
+        ancestry_steps_max: u64::MAX,
         ..Limits::default()
     }
 }

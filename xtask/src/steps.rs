@@ -97,6 +97,7 @@ fn passed(result: Result<()>) -> Result<Outcome> {
 
 fn lints() -> Result<()> {
     Command::new("cargo")
-        .args(["clippy", "--locked", "--workspace", "--all-targets", "--", "--deny", "warnings"])
+        .args(["clippy", "--locked", "--workspace", "--all-targets", "--keep-going"])
+        .args(["--", "--deny", "warnings"])
         .run()
 }

@@ -6,6 +6,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use smallvec::SmallVec;
 
 use super::past::{Past, Steps};
@@ -231,7 +232,8 @@ impl Graph {
             actor,
             seq: change.seq,
             max_op,
-            bytes: change.bytes,
+            // Not a slice of the message it came in, which may be much larger and would stay with it.
+            bytes: Bytes::copy_from_slice(&change.bytes),
             past,
             covers_all: self.staged_heads.len() == 1,
         });

@@ -2,6 +2,8 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 
+use bytes::Bytes;
+
 use crate::change::Change;
 use crate::config::Limits;
 use crate::ids::ChangeHash;
@@ -54,11 +56,13 @@ impl Pending {
     }
 
     /// Keeps a change that lacks these dependencies. Returns false, and changes nothing, if there is no room.
-    pub(super) fn insert(&mut self, change: Change, missing: &[ChangeHash], limits: &Limits) -> bool {
+    pub(super) fn insert(&mut self, mut change: Change, missing: &[ChangeHash], limits: &Limits) -> bool {
         let bytes = self.bytes + cost_bytes(&change);
         if self.changes.len() >= limits.pending_changes_max || bytes > limits.pending_bytes_max {
             return false;
         }
+        // As the graph does: a slice would keep the whole message.
+        change.bytes = Bytes::copy_from_slice(&change.bytes);
         self.put_back(change, missing);
         true
     }

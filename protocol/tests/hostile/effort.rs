@@ -1,5 +1,6 @@
 //! Histories contrived to make the door work hard.
 
+use bytes::Bytes;
 use isobar_protocol::change::Change;
 use isobar_protocol::config::{ANCESTRY_STEPS_PER_CHANGE, Limits};
 use isobar_protocol::graph::{Graph, Ingested, Refusal};
@@ -55,4 +56,25 @@ fn what_was_accepted_once_is_read_back_without_that_limit() {
             assert!(matches!(graph.ingest(change.clone(), &limits), Ok(Ingested::Staged(_))));
         }
     }
+}
+
+#[test]
+fn a_small_change_does_not_keep_the_message_it_came_in() {
+    let root = Draft::new(1, 1, 1, &[]);
+    let child = Draft::new(2, 1, 2, &[&root.change()]);
+    let mut message = vec![0; 1 << 20];
+    let mut change = |draft: &Draft| {
+        let start = message.len();
+        message.extend_from_slice(&draft.bytes());
+        start..message.len()
+    };
+    let (root_at, child_at) = (change(&root), change(&child));
+    let message = Bytes::from(message);
+    let decode = |at| Change::decode(message.slice(at), &Limits::default()).expect("well-formed");
+    let mut graph = Graph::new();
+    assert_eq!(graph.ingest(decode(child_at), &Limits::default()), Ok(Ingested::Pending));
+    assert!(message.is_unique(), "nothing pending shares it");
+    assert_eq!(graph.ingest(decode(root_at), &Limits::default()), Ok(Ingested::Staged(0..2)));
+    assert!(message.is_unique(), "nothing staged shares it");
+    assert_eq!(graph.bytes_at(0..2), [root.bytes(), child.bytes()]);
 }

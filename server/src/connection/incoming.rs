@@ -93,7 +93,7 @@ impl Connection {
         self.offer(slot, &mut incoming).await?;
         let subscription = &mut self.subscriptions[slot.0 as usize];
         let state = subscription.document.lock();
-        subscription.session.receive(message, incoming.positions, state.graph());
+        subscription.session.receive(message, incoming.positions(state.graph()), state.graph());
         drop(state);
         self.mark(slot);
         Ok(())

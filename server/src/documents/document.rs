@@ -12,7 +12,7 @@ use isobar_protocol::base::BaseIndex;
 use isobar_protocol::change::Change;
 use isobar_protocol::config::{Limits, REMOTE_HEADS_STORAGES_MAX};
 use isobar_protocol::graph::{Graph, Ingested, Refusal};
-use isobar_protocol::ids::{DocumentId, PeerId, StorageId};
+use isobar_protocol::ids::{ChangeHash, DocumentId, PeerId, StorageId};
 use isobar_protocol::presence::Recent;
 use isobar_protocol::session::{Reply, SyncSession, span_message, whole_message};
 use isobar_protocol::sync_message::SyncMessage;
@@ -85,19 +85,25 @@ pub struct DocumentState {
 /// Changes of one message on their way into a graph.
 pub struct Incoming {
     changes: std::collections::VecDeque<Change>,
-    /// Where those stand that are in the graph now.
-    pub positions: Vec<u64>,
+    /// Those that have been offered, whatever became of them.
+    offered: Vec<ChangeHash>,
     permits: Option<Arc<[Permit; 2]>>,
 }
 
 impl Incoming {
     /// Nothing.
     pub fn none() -> Self {
-        Self { changes: Default::default(), positions: Vec::new(), permits: None }
+        Self { changes: Default::default(), offered: Vec::new(), permits: None }
     }
 
     pub fn new(changes: Vec<Change>, permits: [Permit; 2]) -> Self {
-        Self { changes: changes.into(), positions: Vec::new(), permits: Some(Arc::new(permits)) }
+        Self { changes: changes.into(), offered: Vec::new(), permits: Some(Arc::new(permits)) }
+    }
+
+    /// Where those changes stand that are in the graph. To be asked when all have been offered: a later change of the
+    /// message may have completed an earlier one.
+    pub fn positions(&self, graph: &Graph) -> Vec<u64> {
+        self.offered.iter().filter_map(|hash| graph.position(hash)).collect()
     }
 }
 
@@ -329,9 +335,7 @@ impl DocumentState {
                     incoming.changes.push_front(again);
                     return IngestStep::NeedsIndex;
                 }
-                Ok(Ingested::Known | Ingested::Pending | Ingested::Staged(_)) => {
-                    incoming.positions.extend(self.graph.position(&hash));
-                }
+                Ok(Ingested::Known | Ingested::Pending | Ingested::Staged(_)) => incoming.offered.push(hash),
                 Err(refusal) => return IngestStep::Refused(refusal),
             }
         }

@@ -2,6 +2,8 @@
 //!
 //! The JavaScript client has its own tests in `../interop`.
 
+#![allow(clippy::unwrap_used, reason = "a test that meets an error shall fail")]
+
 mod recording;
 mod region;
 mod samod_client;

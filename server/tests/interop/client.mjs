@@ -11,13 +11,31 @@ import { until } from "./until.mjs";
 // this time, so that a much shorter one would never come through on a busy machine.
 const RETRY_INTERVAL_MS = 500;
 
+// The state of a WebSocket that takes messages.
+const OPEN = 1;
+
+/**
+ * An adapter that drops what it cannot send, as later versions of the stock one do. That of 2.5.6 throws instead. When
+ * a server dies between a message and the client's answer to it, this happens in the middle of applying the message,
+ * and leaves the client with a document that it can neither read nor write any more.
+ */
+class SturdyAdapter extends WebSocketClientAdapter {
+  send(message) {
+    if (this.socket?.readyState === OPEN) super.send(message);
+  }
+}
+
 export class Client {
   /** Everything the server sent, in order, decoded as far as the adapter does. Bounded by the tests' length. */
   received = [];
 
-  /** `folder` gives the client a storage on disk; `gossip` lets it follow remote heads. */
-  constructor(url, { folder, gossip = false, peerId } = {}) {
-    this.adapter = new WebSocketClientAdapter(url, RETRY_INTERVAL_MS);
+  /**
+   * `folder` gives the client a storage on disk; `gossip` lets it follow remote heads; `sturdy` lets it outlive the
+   * sudden death of a server in any case.
+   */
+  constructor(url, { folder, gossip = false, sturdy = false, peerId } = {}) {
+    const Adapter = sturdy ? SturdyAdapter : WebSocketClientAdapter;
+    this.adapter = new Adapter(url, RETRY_INTERVAL_MS);
     this.adapter.on("message", message => this.received.push(message));
     this.repo = new Repo({
       network: [this.adapter],

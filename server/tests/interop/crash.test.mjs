@@ -50,7 +50,7 @@ onEachDatabase("no acknowledged change is lost when the server is killed under l
 });
 
 function writer(scene, link, acknowledged) {
-  const client = scene.client({ link });
+  const client = scene.client({ link, sturdy: true });
   client.onHeads((documentId, heads) => {
     const known = acknowledged.get(documentId) ?? new Set();
     acknowledged.set(documentId, known);

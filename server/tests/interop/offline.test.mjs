@@ -106,6 +106,7 @@ onEachDatabase("a region that restarts loses nothing and its clients carry on", 
 
   second.change(doc => (doc.edits.before = true));
   await writers[1].saved(second);
+  await converged(first, second);
   await scene.region.stop();
   await until(() => writers.every(writer => writer.repo.peers.length === 0), "both clients to notice");
   first.change(doc => (doc.edits.meanwhile = "first"));

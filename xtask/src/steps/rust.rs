@@ -44,7 +44,7 @@ pub fn trace(postgres: &mut SharedPostgres) -> Result<Outcome> {
         bail!("{TRACE_DATA} names {}, which does not exist", folder.display());
     };
     Command::new("cargo")
-        .args(["test", "--locked", "--package", "isobar", "--test", "clients"])
+        .args(["test", "--locked", "--workspace", "--test", "clients"])
         .args(["--", "trace::", "--nocapture", "--test-threads", "1"])
         .envs(postgres.environment()?)
         .env(TRACE_DATA, folder)
