@@ -623,4 +623,13 @@ mod tests {
             );
         }
     }
+
+    #[test]
+    fn frames_over_the_bare_server_do_not_grow_with_the_edits() {
+        let document = document(50);
+        let mut writer = Session::new(Dialect::Bare { answers: true }, "w".into(), document, 1);
+        let mut sent = Vec::new();
+        (0..50).for_each(|_| writer.edit(&mut sent));
+        assert!(sent[49].len() <= sent[0].len() + 8, "{} after {}", sent[49].len(), sent[0].len());
+    }
 }
