@@ -4,10 +4,12 @@
 //! nothing. When the budget is exceeded, idle documents go at once, those that were idle longest first.
 
 use std::collections::HashMap;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use futures_util::FutureExt;
 use isobar_protocol::base::{BaseDamaged, BaseIndex, BaseSummary};
 use isobar_protocol::change::{Change, ChangeError};
 use isobar_protocol::config::Limits;
@@ -68,7 +70,11 @@ pub struct Compactor {
 impl Compactor {
     pub async fn run(mut self) {
         while let Some(document) = self.due.recv().await {
-            self.documents.compact(&document).await;
+            let compacted = AssertUnwindSafe(self.documents.compact(&document)).catch_unwind().await;
+            if compacted.is_err() {
+                // What the document holds in memory may be half changed.
+                self.documents.quarantine(&document, "making a base panicked").await;
+            }
         }
     }
 }

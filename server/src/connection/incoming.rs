@@ -17,8 +17,9 @@ use crate::node::Node;
 use crate::outbox::{Ephemeral, Slot};
 use crate::telemetry::MaterialiseReason;
 
-/// More bytes of changes than this are taken apart on a blocking thread: hashing them takes milliseconds.
-const PARSE_INLINE_BYTES: usize = 128 << 10;
+/// More bytes of changes than this are taken apart on a blocking thread. Hashing them takes microseconds, but deflated ones
+/// may become a thousand times as many bytes, and other clients wait for this thread.
+const PARSE_INLINE_BYTES: usize = 16 << 10;
 
 /// Longest session id of an ephemeral message: a document remembers it. Stock clients use a dozen characters.
 const SESSION_ID_BYTES_MAX: usize = 256;
@@ -109,10 +110,7 @@ impl Connection {
         let bytes: usize = message.changes.iter().map(Bytes::len).sum();
         // Before the work, so that a client that floods waits with little held for it.
         let permits = self.node.committer.reserve(&self.uncommitted, bytes).await;
-        let mut changes = Vec::new();
-        for entry in &message.changes {
-            changes.extend(take_apart(&self.node, entry.clone()).await?);
-        }
+        let changes = take_apart(&self.node, message.changes.clone(), bytes).await?;
         Ok(Incoming::new(changes, permits))
     }
 
@@ -166,11 +164,10 @@ impl Connection {
 }
 
 /// Cuts concatenated chunks into changes; whole documents are split by the CRDT.
-async fn take_apart(node: &Node, entry: Bytes) -> Result<Vec<Change>, Ending> {
+async fn take_apart(node: &Node, entries: Vec<Bytes>, bytes: usize) -> Result<Vec<Change>, Ending> {
     let limits = node.documents.limits().clone();
-    let large = entry.len() > PARSE_INLINE_BYTES;
-    let parse = move || parse_chunks(entry, &limits);
-    let parts = match large {
+    let parse = move || parse_chunks(entries, &limits);
+    let parts = match bytes > PARSE_INLINE_BYTES {
         false => parse(),
         true => tokio::task::spawn_blocking(parse).await.map_err(|_| Ending::Gone)?,
     }?;
@@ -195,17 +192,17 @@ async fn split(node: &Node, chunk: Chunk) -> Result<Vec<Change>, Ending> {
     parsed.map_err(|error| Ending::protocol(error.reason(), error))
 }
 
-/// What an entry of a sync message contains.
+/// What the entries of a sync message contain.
 enum Part {
     Changes(Vec<Change>),
     /// A document or bundle chunk that has passed the census.
     Whole(Chunk),
 }
 
-fn parse_chunks(entry: Bytes, limits: &isobar_protocol::config::Limits) -> Result<Vec<Part>, Ending> {
+fn parse_chunks(entries: Vec<Bytes>, limits: &isobar_protocol::config::Limits) -> Result<Vec<Part>, Ending> {
     let mut parts = Vec::new();
     let mut changes = Vec::new();
-    for chunk in chunks(entry) {
+    for chunk in entries.into_iter().flat_map(chunks) {
         let chunk = chunk.map_err(|error| Ending::protocol("malformed_chunk", error))?;
         match chunk.kind {
             ChunkKind::Change | ChunkKind::DeflatedChange => {

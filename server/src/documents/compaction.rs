@@ -67,7 +67,7 @@ impl Documents {
             Err(CompactionError::DoesNotApply(error)) => self.quarantine(document, &error.to_string()).await,
             Err(CompactionError::Load(error)) => {
                 tracing::warn!(document = %document.id(), %error, "base not made");
-                document.lock().compacting = false;
+                document.lock().put_compaction_off();
             }
         }
         false
@@ -124,7 +124,7 @@ impl Documents {
     }
 
     /// Takes a document out of service.
-    async fn quarantine(&self, document: &Arc<Document>, reason: &str) {
+    pub(super) async fn quarantine(&self, document: &Arc<Document>, reason: &str) {
         tracing::error!(document = %document.id(), reason, "document quarantined");
         self.metrics.quarantines.increment(1);
         document.lock().quarantine();

@@ -33,6 +33,9 @@ const REMOTE_HEADS_MAX: usize = 256;
 /// single changes: a browser pays half a second to merge a whole document, and a tenth for a few changes.
 pub(super) const TAIL_CHANGES_KEPT: u64 = 1_024;
 
+/// How long after a failure another base is tried.
+const COMPACTION_RETRY: Duration = Duration::from_secs(60);
+
 /// The least number of changes that is worth a base while the document is in use.
 const BASE_CHANGES_MIN: u64 = 4_096;
 
@@ -76,6 +79,8 @@ pub struct DocumentState {
     pub(super) generation: u64,
     pub(super) quarantined: bool,
     pub(super) compacting: bool,
+    /// No base is made before this moment: the last attempt failed, and each costs as much as a success.
+    compaction_after: Instant,
     pub(super) last_commit: Instant,
     pub(super) last_used: Instant,
     base_chunk: Option<(u64, Bytes)>,
@@ -147,6 +152,7 @@ impl Document {
             generation,
             quarantined,
             compacting: false,
+            compaction_after: now,
             last_commit: now,
             last_used: now,
             base_chunk: None,
@@ -375,11 +381,17 @@ impl DocumentState {
         self.claim_compaction(BASE_CHANGES_MIN, BASE_FRACTION)
     }
 
+    pub(super) fn put_compaction_off(&mut self) {
+        self.compacting = false;
+        self.compaction_after = Instant::now() + COMPACTION_RETRY;
+    }
+
     /// Says that a base should be made, once: whoever is told so makes it.
     fn claim_compaction(&mut self, least: u64, fraction: u64) -> bool {
         let covered = self.graph.tail_start();
         let tail = self.graph.durable_end() - covered;
-        let due = tail >= TAIL_CHANGES_KEPT + least.max(covered / fraction);
+        let due = tail >= TAIL_CHANGES_KEPT + least.max(covered / fraction)
+            && Instant::now() >= self.compaction_after;
         due && !self.quarantined && !std::mem::replace(&mut self.compacting, true)
     }
 

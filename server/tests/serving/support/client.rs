@@ -152,11 +152,6 @@ impl Client {
         self.server = PeerFrame::decode(&frame).unwrap().expect("a peer frame").sender_id;
     }
 
-    /// Leaves without a word, as a browser does that is closed, and keeps the documents.
-    pub fn vanish(self) -> BTreeMap<DocumentId, Open> {
-        self.documents
-    }
-
     pub async fn send_raw(&mut self, frame: impl Into<Bytes>) {
         self.send(Message::Binary(frame.into())).await;
     }

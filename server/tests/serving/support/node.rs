@@ -66,10 +66,6 @@ impl Node {
         ended
     }
 
-    pub async fn get(&self, path: &str) -> (u16, String) {
-        get(self.admin, path).await
-    }
-
     /// The value of a metric, with its labels if it has any; 0 if it is not there.
     pub async fn metric(&self, name: &str) -> f64 {
         metric(self.admin, name).await
