@@ -193,6 +193,11 @@ impl SyncSession {
         now.len() == message.heads.len() && !graph.includes(&now, &known(&self.peer.heads))
     }
 
+    /// Whether the peer has not been heard since the last message to it.
+    pub fn awaits_answer(&self) -> bool {
+        self.unanswered > 0
+    }
+
     /// Whether the peer has left so many messages unanswered that gathering more changes serves it better than another
     /// message. Stock clients answer each message when they have applied it, which on a large document takes a browser
     /// a tenth of a second, whether the message brings one change or fifty.
