@@ -104,6 +104,11 @@ impl Chunk {
         &self.bytes[self.data_start..]
     }
 
+    /// Checks the checksum, unless the contents are compressed as a whole.
+    pub fn check(&self) -> Result<(), ChunkError> {
+        check_checksum(self)
+    }
+
     fn read(input: &Bytes, at: usize) -> Result<Self, ChunkError> {
         let mut reader = Reader::starting_at(input, at);
         if reader.take("magic", MAGIC.len())? != MAGIC {

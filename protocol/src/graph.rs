@@ -181,6 +181,11 @@ impl Graph {
         self.pending.len()
     }
 
+    /// What the changes that wait for a dependency occupy.
+    pub fn pending_bytes(&self) -> usize {
+        self.pending.bytes()
+    }
+
     /// What the graph occupies in memory, roughly.
     pub fn resident_bytes(&self) -> usize {
         // A node, its entry in the map of positions, and the allocation around its bytes.

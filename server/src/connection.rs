@@ -455,6 +455,18 @@ fn read_failed(error: &axum::Error) -> Ending {
     }
 }
 
+/// What follows when stored parts of a document cannot be read. A storage that fails ends the connection; damage is the
+/// document's own affair, and the client's other documents carry on.
+fn unreadable(node: &Node, document: &Document, error: &LoadError) -> Result<(), Ending> {
+    match error {
+        LoadError::Storage(_) => Err(load_failed(document.id(), error)),
+        _ => {
+            node.documents.withhold(document, error);
+            Ok(())
+        }
+    }
+}
+
 fn load_failed(document: &DocumentId, error: &LoadError) -> Ending {
     tracing::warn!(%document, %error, "document not loaded");
     Ending::TryAgain

@@ -12,18 +12,21 @@ use bytes::Bytes;
 use futures_util::FutureExt;
 use isobar_protocol::base::{BaseDamaged, BaseIndex, BaseSummary};
 use isobar_protocol::change::{Change, ChangeError};
+use isobar_protocol::chunk::{ChunkError, chunks};
 use isobar_protocol::config::Limits;
 use isobar_protocol::graph::{Graph, Ingested, Refusal};
 use isobar_protocol::ids::{ChangeHash, DocumentId};
 use parking_lot::Mutex;
 use tokio::sync::{OnceCell, mpsc};
 
-use crate::materialise::Materialiser;
+use crate::materialise::{MaterialiseError, Materialiser};
 use crate::storage::{DocumentState, Storage, StorageError, StoredBase, StoredChange, StoredDocument};
 use crate::telemetry::Metrics;
 
 mod compaction;
 mod document;
+
+use document::PendingRoom;
 
 pub use document::{Document, Incoming, IngestStep, Outgoing, SharedKey, SubscriberKey, joined};
 
@@ -40,6 +43,11 @@ pub enum LoadError {
     /// A base says that it exists and its chunk or index is not there.
     #[error("the stored base is incomplete")]
     BaseIncomplete,
+    #[error("the stored base is damaged: {0}")]
+    BaseChunk(#[from] ChunkError),
+    /// A base that the CRDT made does not open any more.
+    #[error("the stored base: {0}")]
+    BaseRefused(#[from] MaterialiseError),
     #[error("stored change {hash} cannot be read: {error}")]
     ChangeUnreadable { hash: ChangeHash, error: ChangeError },
     #[error("stored change {hash} does not fit the others: {refusal}")]
@@ -56,6 +64,7 @@ pub struct Documents {
     limits: Limits,
     resident_bytes_max: usize,
     idle: Duration,
+    pending: PendingRoom,
     slots: Mutex<HashMap<DocumentId, Slot>>,
     /// Each document stands here at most once.
     compactions: mpsc::UnboundedSender<Arc<Document>>,
@@ -96,6 +105,7 @@ impl Documents {
             limits,
             resident_bytes_max,
             idle,
+            pending: PendingRoom::new(resident_bytes_max / 2),
             slots: Mutex::new(HashMap::new()),
             compactions,
         });
@@ -126,23 +136,24 @@ impl Documents {
     }
 
     async fn load(&self, id: &DocumentId) -> Result<Arc<Document>, LoadError> {
+        let pending = self.pending.clone();
         let Some(stored) = self.storage.load_document(id).await? else {
-            return Ok(Arc::new(Document::new(id.clone(), Graph::new(), 0, false)));
+            return Ok(Arc::new(Document::new(id.clone(), Graph::new(), 0, false, pending)));
         };
         self.metrics.documents_loaded.increment(1);
         let quarantined = matches!(stored.state, DocumentState::Quarantined { .. });
         let generation = stored.base.as_ref().map_or(0, |base| base.generation);
         if quarantined {
-            return Ok(Arc::new(Document::new(id.clone(), Graph::new(), generation, true)));
+            return Ok(Arc::new(Document::new(id.clone(), Graph::new(), generation, true, pending)));
         }
         match self.load_graph(id, stored).await {
-            Ok(graph) => Ok(Arc::new(Document::new(id.clone(), graph, generation, false))),
+            Ok(graph) => Ok(Arc::new(Document::new(id.clone(), graph, generation, false, pending))),
             Err(LoadError::Storage(error)) => Err(LoadError::Storage(error)),
             Err(error) => {
                 // Only in memory: whoever mends what is stored need not undo a mark as well.
                 tracing::error!(document = %id, %error, "stored document is damaged, quarantined");
                 self.metrics.quarantines.increment(1);
-                Ok(Arc::new(Document::new(id.clone(), Graph::new(), generation, true)))
+                Ok(Arc::new(Document::new(id.clone(), Graph::new(), generation, true, pending)))
             }
         }
     }
@@ -152,6 +163,7 @@ impl Documents {
         let mut index = None;
         if let Some(base) = base.as_ref().filter(|base| !base.pruned) {
             let (_, loaded) = self.read_index(id).await?;
+            check_index(base, &loaded)?;
             self.resume_prune(id, base, &loaded, &mut tail).await;
             index = Some(Arc::new(loaded));
         }
@@ -161,7 +173,11 @@ impl Documents {
                 graph.detach_index();
                 return Ok(graph);
             }
-            index = Some(Arc::new(self.read_index(id).await?.1));
+            let (_, loaded) = self.read_index(id).await?;
+            if let Some(base) = &base {
+                check_index(base, &loaded)?;
+            }
+            index = Some(Arc::new(loaded));
         }
     }
 
@@ -195,8 +211,24 @@ impl Documents {
         }
         let read = self.storage.read_base_chunk(document.id()).await?;
         let (generation, chunk) = read.ok_or(LoadError::BaseIncomplete)?;
+        let checked = chunk.clone();
+        let check = move || {
+            chunks(checked).next().ok_or(LoadError::BaseIncomplete)??.check().map_err(LoadError::from)
+        };
+        match chunk.len() > PARSE_INLINE_BYTES {
+            false => check(),
+            true => tokio::task::spawn_blocking(check).await.map_err(|_| LoadError::BaseIncomplete)?,
+        }?;
         document.cache_base_chunk(generation, &chunk);
         Ok(chunk)
+    }
+
+    /// Takes a document out of service because what is stored of it is damaged. Only in memory, so that whoever mends it
+    /// need not undo a mark as well.
+    pub fn withhold(&self, document: &Document, error: &LoadError) {
+        tracing::error!(document = %document.id(), %error, "stored document is damaged, quarantined");
+        self.metrics.quarantines.increment(1);
+        document.lock().quarantine();
     }
 
     pub fn materialiser(&self) -> &Materialiser {
@@ -248,6 +280,14 @@ impl Documents {
             self.metrics.documents_evicted.increment(1);
         }
         unused
+    }
+}
+
+/// Whether an index is as long as its base says.
+fn check_index(base: &StoredBase, index: &BaseIndex) -> Result<(), LoadError> {
+    match BaseSummary::decode(&base.summary)?.change_count == index.len() as u64 {
+        true => Ok(()),
+        false => Err(LoadError::BaseIncomplete),
     }
 }
 

@@ -11,7 +11,7 @@ use isobar_protocol::sync_message::SyncMessage;
 use isobar_protocol::wire::ClientFrame;
 use tokio::time::Instant;
 
-use super::{Connection, Ending, load_failed};
+use super::{Connection, Ending, unreadable};
 use crate::documents::{Incoming, IngestStep};
 use crate::node::Node;
 use crate::outbox::{Ephemeral, Slot};
@@ -124,8 +124,11 @@ impl Connection {
                 IngestStep::More => tokio::task::yield_now().await,
                 IngestStep::NeedsIndex => {
                     let read = self.node.documents.read_index(document.id()).await;
-                    let (generation, index) = read.map_err(|error| load_failed(document.id(), &error))?;
-                    document.attach_index(generation, index.into());
+                    let attached =
+                        read.and_then(|(generation, index)| document.attach_index(generation, index.into()));
+                    if let Err(error) = attached {
+                        return unreadable(&self.node, &document, &error);
+                    }
                 }
                 IngestStep::Refused(refusal @ Refusal::SeqReused { .. }) => {
                     // Two copies of one author write: an honest client whose storage was copied. It keeps reading, is

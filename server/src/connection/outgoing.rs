@@ -9,8 +9,8 @@ use isobar_protocol::sync_message::{SyncMessage, SyncVersion};
 use isobar_protocol::wire::{self, SharedSyncFrame};
 use tokio::time::Instant;
 
-use super::{Connection, Ending, GATHER, WRITE_BYTES, load_failed};
-use crate::documents::{Document, Outgoing, joined};
+use super::{Connection, Ending, GATHER, WRITE_BYTES, unreadable};
+use crate::documents::{Document, LoadError, Outgoing, joined};
 use crate::node::Node;
 use crate::outbox::{LossyFrame, Slot};
 use crate::telemetry::MaterialiseReason;
@@ -107,7 +107,10 @@ async fn frame(
         }
         Outgoing::Whole { key, message } => {
             metrics.sync_messages_single.increment(1);
-            let message = prepend_base(node, document, message).await?;
+            let message = match prepend_base(node, document, message).await {
+                Ok(message) => message,
+                Err(error) => return withheld(node, peer, document, &error),
+            };
             let frame = Arc::new(SharedSyncFrame::new(&node.peer_id, document.id(), &message));
             document.share(key, &frame);
             Ok(frame.for_target(peer))
@@ -115,7 +118,10 @@ async fn frame(
         Outgoing::Single { mut message, with_base } => {
             metrics.sync_messages_single.increment(1);
             if with_base {
-                message = prepend_base(node, document, message).await?;
+                message = match prepend_base(node, document, message).await {
+                    Ok(message) => message,
+                    Err(error) => return withheld(node, peer, document, &error),
+                };
             }
             if message.version == SyncVersion::V2 {
                 message = joined(message);
@@ -126,23 +132,24 @@ async fn frame(
     }
 }
 
+/// What is said instead when the base cannot be read.
+fn withheld(node: &Node, peer: &PeerId, document: &Document, error: &LoadError) -> Result<Vec<u8>, Ending> {
+    unreadable(node, document, error)?;
+    node.metrics.unavailable_sent.increment(1);
+    Ok(wire::encode_unavailable(&node.peer_id, peer, document.id()))
+}
+
 /// Puts the base before the changes of a message: its chunk, or its changes for a client that knows no chunks.
 async fn prepend_base(
     node: &Node,
     document: &Document,
     mut message: SyncMessage,
-) -> Result<SyncMessage, Ending> {
+) -> Result<SyncMessage, LoadError> {
     let documents = &node.documents;
-    let chunk = documents.base_chunk(document).await.map_err(|error| load_failed(document.id(), &error))?;
+    let chunk = documents.base_chunk(document).await?;
     let mut changes: Vec<Bytes> = match message.version {
         SyncVersion::V2 => vec![chunk],
-        SyncVersion::V1 => {
-            let split = documents.materialiser().split(MaterialiseReason::OldClient, chunk, false);
-            split.await.map_err(|error| {
-                tracing::error!(document = %document.id(), %error, "base cannot be split");
-                Ending::TryAgain
-            })?
-        }
+        SyncVersion::V1 => documents.materialiser().split(MaterialiseReason::OldClient, chunk, false).await?,
     };
     changes.append(&mut message.changes);
     message.changes = changes;

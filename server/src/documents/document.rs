@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -19,6 +20,7 @@ use isobar_protocol::sync_message::SyncMessage;
 use isobar_protocol::wire::{RemoteHeads, SharedSyncFrame};
 use parking_lot::{Mutex, MutexGuard};
 
+use super::LoadError;
 use crate::commit::{Committer, Permit, Submission};
 use crate::outbox::{LossyFrame, Outbox, Slot};
 use crate::storage::StoredChange;
@@ -50,6 +52,41 @@ const IDLE_BASE_FRACTION: u64 = 32;
 pub struct Document {
     id: DocumentId,
     state: Mutex<DocumentState>,
+    pending: PendingRoom,
+}
+
+/// Room for changes that wait for a dependency, shared by all documents: they are no client's uncommitted bytes any
+/// more, and nothing evicts them while somebody has the document open.
+#[derive(Clone)]
+pub(super) struct PendingRoom {
+    used_bytes: Arc<AtomicUsize>,
+    bytes_max: usize,
+}
+
+impl PendingRoom {
+    pub(super) fn new(bytes_max: usize) -> Self {
+        Self { used_bytes: Arc::default(), bytes_max }
+    }
+
+    /// The limits for a document, whose graph holds so much of the room.
+    fn limits(&self, limits: &Limits, own_bytes: usize) -> Limits {
+        let left = self.bytes_max.saturating_sub(self.used_bytes.load(Ordering::Relaxed));
+        Limits { pending_bytes_max: limits.pending_bytes_max.min(own_bytes + left), ..limits.clone() }
+    }
+
+    fn changed(&self, before: usize, after: usize) {
+        if after >= before {
+            self.used_bytes.fetch_add(after - before, Ordering::Relaxed);
+        } else {
+            self.used_bytes.fetch_sub(before - after, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Drop for Document {
+    fn drop(&mut self) {
+        self.pending.changed(self.state.get_mut().graph.pending_bytes(), 0);
+    }
 }
 
 /// A subscriber's place in a document, to unsubscribe with.
@@ -145,8 +182,15 @@ pub enum Outgoing {
 }
 
 impl Document {
-    pub(super) fn new(id: DocumentId, graph: Graph, generation: u64, quarantined: bool) -> Self {
+    pub(super) fn new(
+        id: DocumentId,
+        graph: Graph,
+        generation: u64,
+        quarantined: bool,
+        pending: PendingRoom,
+    ) -> Self {
         let now = Instant::now();
+        pending.changed(0, graph.pending_bytes());
         let state = DocumentState {
             graph,
             generation,
@@ -162,7 +206,7 @@ impl Document {
             presence: Recent::default(),
             remote_heads: BTreeMap::new(),
         };
-        Self { id, state: Mutex::new(state) }
+        Self { id, state: Mutex::new(state), pending }
     }
 
     pub fn id(&self) -> &DocumentId {
@@ -192,7 +236,9 @@ impl Document {
     ) -> IngestStep {
         let mut state = self.lock();
         let start = state.graph.staged_end();
-        let step = state.offer(incoming, limits);
+        let pending_before = state.graph.pending_bytes();
+        let step = state.offer(incoming, &self.pending.limits(limits, pending_before));
+        self.pending.changed(pending_before, state.graph.pending_bytes());
         let end = state.graph.staged_end();
         if end > start {
             let changes = state.graph.changes(start..end);
@@ -203,11 +249,16 @@ impl Document {
         step
     }
 
-    pub fn attach_index(&self, generation: u64, index: Arc<BaseIndex>) {
+    /// Attaches the index of this generation's base. Nothing happens if the document has another base by now.
+    pub fn attach_index(&self, generation: u64, index: Arc<BaseIndex>) -> Result<(), LoadError> {
         let mut state = self.lock();
         if state.generation == generation {
+            if index.len() as u64 != state.graph.tail_start() {
+                return Err(LoadError::BaseIncomplete);
+            }
             state.graph.attach_index(index);
         }
+        Ok(())
     }
 
     /// Keeps a frame for the next session that needs the same.

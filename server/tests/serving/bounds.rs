@@ -323,3 +323,38 @@ async fn frames_up_to_the_limit_are_taken_and_relayed() {
     cold.fetch(&document).await;
     assert_eq!(cold.open(&document).heads(), writer.open(&document).heads());
 }
+
+#[tokio::test]
+async fn changes_without_their_dependencies_are_bounded_over_all_documents() {
+    let mut settings = settings();
+    settings.resident_bytes_max = 8 << 20;
+    settings.idle_seconds = 0;
+    let node = Node::start_with(settings, MemoryStorage::new()).await;
+    let (document, mut writer, _reader) = talk(&node).await;
+    let mut doc = AutoCommit::new();
+    put(&mut doc, "edits", 1);
+    let first = doc.get_last_local_change().unwrap().raw_bytes().to_vec();
+    put_noise(&mut doc, 2, 1 << 20);
+    let noise = doc.get_changes(&[]).into_iter().map(|it| bytes::Bytes::from(it.raw_bytes().to_vec()));
+    let orphans: Vec<bytes::Bytes> = noise.skip(1).collect();
+    let heads: Vec<ChangeHash> = doc.get_heads().iter().map(|head| ChangeHash(head.0)).collect();
+    // Half of eight megabytes: one each for so many documents, and no more.
+    let mut hoarder = Client::join(node.clients, "hoarder").await;
+    for number in 0..6 {
+        hoarder.offer(&document_id(&format!("orphan {number}")), heads.clone(), orphans.clone()).await;
+    }
+    assert_eq!(hoarder.ended().await.code, 1008);
+    assert_eq!(node.refused("pending_full").await, 1.0);
+    writer.write(&document, |doc| put(doc, "edits", 1)).await;
+    drop(hoarder);
+    // What nobody has open any more makes room, and so does a change whose dependency comes.
+    eventually("the hoard is gone", async || node.metric("isobar_documents_resident").await == 1.0).await;
+    let mut late = Client::join(node.clients, "late").await;
+    for number in 0..6 {
+        let document = document_id(&format!("orphan {number}"));
+        late.offer(&document, heads.clone(), orphans.clone()).await;
+        late.offer(&document, heads.clone(), vec![first.clone().into()]).await;
+    }
+    acknowledged(&mut late, 6, &heads).await;
+    assert_eq!(node.refused("pending_full").await, 1.0);
+}

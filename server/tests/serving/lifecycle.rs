@@ -1,12 +1,14 @@
 //! From the first frame to the last: what is acknowledged is stored, what is stored is served, and whoever leaves or
 //! fails does so cleanly.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use automerge::AutoCommit;
 use isobar::storage::memory::MemoryStorage;
-use isobar::storage::{DocumentAppend, DocumentState, Storage, StorageError, StoredChange};
+use isobar::storage::sqlite::SqliteStorage;
+use isobar::storage::{DocumentAppend, DocumentState, NewBase, Storage, StorageError, StoredChange};
 use isobar_protocol::ids::{ChangeHash, DocumentId, Incarnation, OriginId, PlacementGroup, RegionName, Seq};
 use isobar_protocol::wire;
 use tokio_tungstenite::tungstenite::Message;
@@ -301,7 +303,7 @@ fn stored(change: &automerge::Change) -> StoredChange {
 }
 
 /// Puts changes into a store beside any node.
-async fn append(store: &MemoryStorage, document: &DocumentId, changes: Vec<StoredChange>) {
+async fn append(store: &impl Storage, document: &DocumentId, changes: Vec<StoredChange>) {
     let (region, group) = (RegionName::new("local").unwrap(), PlacementGroup::new("default").unwrap());
     let origin = store.claim_origin(&region, &group, 0).await.unwrap();
     let batch = [DocumentAppend { document: document.clone(), changes }];
@@ -425,4 +427,87 @@ async fn a_document_that_does_not_apply_is_quarantined_for_good_and_no_other() {
     client.share(&document, AutoCommit::new()).await;
     assert_eq!(client.hear().await, Heard::Unavailable(document.clone()));
     assert_eq!(store.reopen().load_document(&document).await.unwrap().unwrap().tail.len(), 1_502);
+}
+
+/// A database with a long document that has a base, and a healthy one. Returns the long one as it was at its beginning.
+async fn with_base(file: &Path, document: &DocumentId, healthy: &DocumentId) -> AutoCommit {
+    let store = SqliteStorage::open(file).await.unwrap();
+    let mut doc = AutoCommit::new().with_actor([1; 16].into());
+    (0..10).for_each(|edit| put(&mut doc, "edits", edit));
+    let early = doc.fork().with_actor([2; 16].into());
+    (10..6_000).for_each(|edit| put(&mut doc, "edits", edit));
+    let changes: Vec<StoredChange> = doc.get_changes(&[]).iter().map(stored).collect();
+    append(&store, healthy, changes[..10].to_vec()).await;
+    append(&store, document, changes).await;
+    let node = Node::start(SqliteStorage::open(file).await.unwrap()).await;
+    let mut client = Client::join(node.clients, "client").await;
+    client.fetch(document).await;
+    client.write(document, |doc| put(doc, "edits", 6_000)).await;
+    eventually("the base is made and pruned", async || {
+        let stored = store.load_document(document).await.unwrap().unwrap();
+        stored.base.is_some_and(|base| base.pruned)
+    })
+    .await;
+    drop(client);
+    node.stop().await.unwrap();
+    store.close().await;
+    early
+}
+
+/// Spoils the stored base of a document.
+async fn spoil_base(file: &Path, document: &DocumentId, spoil: impl FnOnce(&mut NewBase)) {
+    let store = SqliteStorage::open(file).await.unwrap();
+    let base = store.load_document(document).await.unwrap().unwrap().base.unwrap();
+    let (_, chunk) = store.read_base_chunk(document).await.unwrap().unwrap();
+    let (generation, index) = store.read_base_index(document).await.unwrap().unwrap();
+    let mut spoilt = NewBase { summary: base.summary, index, chunk };
+    spoil(&mut spoilt);
+    let generation = store.install_base(document, generation, spoilt).await.unwrap();
+    store.finish_prune(document, generation).await.unwrap();
+    store.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_document_whose_base_is_damaged_is_withheld_and_no_other() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("isobar.db");
+    let (document, healthy) = (document_id("damaged base"), document_id("healthy"));
+    with_base(&file, &document, &healthy).await;
+    spoil_base(&file, &document, |base| {
+        let mut chunk = base.chunk.to_vec();
+        let middle = chunk.len() / 2;
+        chunk[middle] ^= 1;
+        base.chunk = chunk.into();
+    })
+    .await;
+    let node = Node::start(SqliteStorage::open(&file).await.unwrap()).await;
+    assert_withheld(&node, &document, &healthy).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_document_whose_index_is_damaged_is_withheld_when_it_is_needed_and_no_other() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("isobar.db");
+    let (document, healthy) = (document_id("damaged index"), document_id("healthy"));
+    let mut early = with_base(&file, &document, &healthy).await;
+    put(&mut early, "offline", 1);
+    let edit = early.get_last_local_change().unwrap();
+    let shorter = isobar_protocol::base::BaseIndex::default().encode();
+    for index in [shorter, bytes::Bytes::from_static(b"no index")] {
+        spoil_base(&file, &document, |base| base.index = index).await;
+        let node = Node::start(SqliteStorage::open(&file).await.unwrap()).await;
+        let mut client = Client::join(node.clients, "client").await;
+        client.fetch(&healthy).await;
+        // Whoever asks for everything does not need the index.
+        client.fetch(&document).await;
+        assert_eq!(number(&client.open(&document).doc, "edits"), Some(6_000));
+        // An edit from inside the base does.
+        let heads = vec![ChangeHash(edit.hash().0)];
+        client.offer(&document, heads, vec![edit.raw_bytes().to_vec().into()]).await;
+        client.until("the document is withheld", |client| client.open(&document).unavailable > 0).await;
+        assert_withheld(&node, &document, &healthy).await;
+        client.write(&healthy, |doc| put(doc, "still", 1)).await;
+        drop(client);
+        node.stop().await.unwrap();
+    }
 }
