@@ -139,9 +139,10 @@ impl CpuMark {
 
     /// Adds what was used since, per `count` of something, in microseconds.
     fn per(&self, earlier: &Self, count: u64, sample: &mut Sample) {
-        let per = |now: Duration, then: Duration| {
-            now.saturating_sub(then).as_secs_f64() * 1e6 / count.max(1) as f64
-        };
+        if count == 0 {
+            return;
+        }
+        let per = |now: Duration, then: Duration| now.saturating_sub(then).as_secs_f64() * 1e6 / count as f64;
         sample.set("cpu_us", per(self.server, earlier.server));
         sample.set("generator_cpu_us", per(self.generator, earlier.generator));
         if self.database > Duration::ZERO {
@@ -184,7 +185,10 @@ fn observe(observations: Vec<Observation>, expected: u32, sample: &mut Sample) -
     sample.set("delivered", delivered as f64);
     sample.set("converged", f64::from(complete));
     sample.set("clients", f64::from(expected));
-    let per = |count: u64| count as f64 / delivered.max(1) as f64;
+    if delivered == 0 {
+        return 0;
+    }
+    let per = |count: u64| count as f64 / delivered as f64;
     sample.set("bytes_down", per(traffic.bytes_down));
     sample.set("bytes_up", per(traffic.bytes_up));
     sample.set("frames_down", per(traffic.frames_down));

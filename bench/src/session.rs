@@ -166,6 +166,10 @@ impl Session {
             }
             _ => {
                 let change = [link.chunk.clone()];
+                if matches!(self.dialect, Dialect::Bare { .. }) {
+                    // Nobody acknowledges here; without this, the Bloom filter would grow with every edit.
+                    self.automerge.shared = self.held;
+                }
                 self.held += 1;
                 self.send_automerge(false, &change, out);
             }
@@ -618,5 +622,14 @@ mod tests {
                 vec![BARE_ANSWER; answers.into()]
             );
         }
+    }
+
+    #[test]
+    fn frames_over_the_bare_server_do_not_grow_with_the_edits() {
+        let document = document(50);
+        let mut writer = Session::new(Dialect::Bare { answers: true }, "w".into(), document, 1);
+        let mut sent = Vec::new();
+        (0..50).for_each(|_| writer.edit(&mut sent));
+        assert!(sent[49].len() <= sent[0].len() + 8, "{} after {}", sent[49].len(), sent[0].len());
     }
 }

@@ -136,8 +136,14 @@ impl SyncSession {
         }
         let placed = self.place != Place::Unknown;
         if placed && !brought_changes && graph.heads_are(&message.heads) {
-            // The answer to our message, or it has our changes from elsewhere: both sides have the same and know it.
-            self.in_step(graph);
+            // The answer to our message, or it has our changes from elsewhere: both sides have the same. That the peer
+            // knows it shows in what it takes for synchronised. A message that it sent before it could know of a commit
+            // must not stand in for the acknowledgement of that commit.
+            let knows = message.have.iter().any(|have| graph.heads_are(&have.last_sync));
+            self.reached_end(graph);
+            if knows {
+                self.told = Some(graph.heads());
+            }
         } else if !staged_any {
             // New changes are answered when they are durable. An older answer that crossed our last message needs
             // none: what it lacks is on its way.
@@ -187,6 +193,11 @@ impl SyncSession {
         now.len() == message.heads.len() && !graph.includes(&now, &known(&self.peer.heads))
     }
 
+    /// Whether the peer has not been heard since the last message to it.
+    pub fn awaits_answer(&self) -> bool {
+        self.unanswered > 0
+    }
+
     /// Whether the peer has left so many messages unanswered that gathering more changes serves it better than another
     /// message. Stock clients answer each message when they have applied it, which on a large document takes a browser
     /// a tenth of a second, whether the message brings one change or fifty.
@@ -223,16 +234,16 @@ impl SyncSession {
     }
 
     fn mark_sent(&mut self, graph: &Graph) {
-        self.in_step(graph);
+        self.reached_end(graph);
+        self.told = Some(graph.heads());
         self.unanswered = self.unanswered.saturating_add(1);
         self.peer.have = Vec::new();
         self.peer.need = Vec::new();
     }
 
-    /// The peer has, or has been sent, all that is durable, and knows our heads.
-    fn in_step(&mut self, graph: &Graph) {
+    /// The peer has, or has been sent, all that is durable.
+    fn reached_end(&mut self, graph: &Graph) {
         let end = graph.durable_end();
-        self.told = Some(graph.heads());
         self.received.forget_before(end);
         self.place = Place::Synced(end);
     }

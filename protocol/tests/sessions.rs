@@ -133,6 +133,25 @@ fn a_writer_gets_an_acknowledgement_when_its_change_is_durable_and_not_the_chang
 }
 
 #[test]
+fn an_acknowledgement_is_not_lost_to_a_message_that_crosses_the_commit() {
+    let mut document = Document::new(1);
+    let mut writer = document.reader();
+    document.stage();
+    writer.receive(brings(&document.changes[1]), [1], &document.graph);
+    document.graph.advance_durable(2);
+    // Sent before the commit, and read before our answer to it: the writer still takes the first change for all
+    // that we have.
+    let unaware = Have {
+        last_sync: vec![document.changes[0].hash],
+        bloom: BloomFilter::from_hashes([&document.changes[1].hash].into_iter()),
+    };
+    writer.receive(SyncMessage { have: vec![unaware], ..says(document.graph.heads()) }, [], &document.graph);
+    assert_eq!(span(writer.generate(&document.graph)), (2, 2));
+    writer.receive(says(document.graph.heads()), [], &document.graph);
+    assert!(writer.generate(&document.graph).is_none(), "told once");
+}
+
+#[test]
 fn a_change_that_is_durable_already_is_acknowledged_at_once() {
     let mut document = Document::new(1);
     let mut writer = document.reader();

@@ -38,7 +38,8 @@ pub struct App {
     pub admin_address: SocketAddr,
     pub node: Arc<Node>,
     connections: TaskTracker,
-    stop_listening: CancellationToken,
+    stop_clients: CancellationToken,
+    stop_admin: CancellationToken,
     stop_upkeep: CancellationToken,
     listeners: Vec<JoinHandle<()>>,
     upkeep: Vec<JoinHandle<()>>,
@@ -87,7 +88,8 @@ impl App {
             draining: AtomicBool::new(false),
         });
         let connections = TaskTracker::new();
-        let stop_listening = CancellationToken::new();
+        let stop_clients = CancellationToken::new();
+        let stop_admin = CancellationToken::new();
         let stop_upkeep = CancellationToken::new();
         let client_routes = http::client_routes(node.clone(), connections.clone());
         let admin_routes = http::admin_routes(node.clone(), connections.clone());
@@ -95,8 +97,8 @@ impl App {
             client_address: clients.local_addr()?,
             admin_address: admin.local_addr()?,
             listeners: vec![
-                serve(clients, client_routes, stop_listening.clone()),
-                serve(admin, admin_routes, stop_listening.clone()),
+                serve(clients, client_routes, stop_clients.clone()),
+                serve(admin, admin_routes, stop_admin.clone()),
             ],
             upkeep: vec![
                 tokio::spawn(cancellable(stop_upkeep.clone(), compactor.run())),
@@ -106,7 +108,8 @@ impl App {
             committer: tokio::spawn(commits),
             node,
             connections,
-            stop_listening,
+            stop_clients,
+            stop_admin,
             stop_upkeep,
         })
     }
@@ -128,12 +131,15 @@ impl App {
         let patience = self.node.settings.drain();
         tracing::info!(connections = self.connections.len(), "draining");
         self.node.draining.store(true, Ordering::Relaxed);
+        // Whoever comes now is refused by the network, which every client takes for "not there, try again": the stock
+        // client for Node throws at any other refusal. Operators can still look.
+        self.stop_clients.cancel();
         self.connections.close();
         close_spread(&self.node, patience / 2).await;
         if tokio::time::timeout(patience / 2, self.connections.wait()).await.is_err() {
             tracing::warn!(connections = self.connections.len(), "connections left over are cut");
         }
-        self.stop_listening.cancel();
+        self.stop_admin.cancel();
         self.stop_upkeep.cancel();
         for task in self.listeners.into_iter().chain(self.upkeep) {
             let _ = tokio::time::timeout(Duration::from_secs(1), task).await;

@@ -43,6 +43,10 @@ const SILENCES_MAX: u32 = 3;
 /// How long more changes are gathered for a client that has not answered several messages.
 const GATHER: Duration = Duration::from_millis(50);
 
+/// How long a client that is told to come back is given to answer what it was sent last. Acknowledgements are not
+/// answered, so a writer always takes this long.
+const ANSWER_PATIENCE: Duration = Duration::from_millis(500);
+
 /// Bytes of a client's changes that may wait for their commit. Beyond it the client is not read from.
 const UNCOMMITTED_BYTES_MAX: usize = 4 << 20;
 
@@ -375,12 +379,30 @@ impl Connection {
         self.answers_each = false;
         let held = std::mem::take(&mut self.held);
         held.into_iter().for_each(|(_, slot)| self.mark(slot));
-        let _ = tokio::time::timeout(patience, async {
+        let settled = tokio::time::timeout(patience, async {
             let _committed = self.uncommitted.acquire(UNCOMMITTED_BYTES_MAX).await;
             self.acknowledge_all().await
         })
         .await;
+        if matches!(settled, Ok(Ok(()))) {
+            let _ = tokio::time::timeout(ANSWER_PATIENCE, self.hear_answers()).await;
+        }
         Ending::Drain
+    }
+
+    /// Reads until the client has answered what it was sent. A stock client that finds its socket closing when it wants
+    /// to answer throws half-way through applying a message, and that document is unusable to it afterwards.
+    async fn hear_answers(&mut self) -> Result<(), Ending> {
+        while self.subscriptions.iter().any(|it| it.session.awaits_answer()) {
+            if let Event::Frame(message) = self.event().await? {
+                self.receive(message).await?;
+            }
+            if !self.flushing {
+                self.woken = true;
+                self.fill().await?;
+            }
+        }
+        Ok(())
     }
 
     async fn acknowledge_all(&mut self) -> Result<(), Ending> {

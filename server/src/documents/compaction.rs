@@ -46,16 +46,22 @@ struct Cut {
 }
 
 impl Documents {
-    /// Makes a base for the document and prunes what it covers. Reports failures itself.
+    /// Makes bases for the document, and prunes what they cover, until its tail is short: much may have been committed
+    /// while one was made.
     pub(super) async fn compact(&self, document: &Arc<Document>) {
+        while self.compact_once(document).await {}
+    }
+
+    /// Makes one base. Reports failures itself; returns whether another is due.
+    async fn compact_once(&self, document: &Arc<Document>) -> bool {
         let started = Instant::now();
         match self.install_next_base(document).await {
             Ok(Some((generation, covered))) => {
-                document.lock().compacting = false;
                 self.metrics.bases_made.increment(1);
                 self.metrics.base_seconds.record(started.elapsed().as_secs_f64());
                 tracing::debug!(document = %document.id(), generation, changes = covered.len(), "base made");
                 self.prune_logged(document.id(), generation, &covered).await;
+                return document.lock().compacted();
             }
             Ok(None) => document.lock().compacting = false,
             Err(CompactionError::DoesNotApply(error)) => self.quarantine(document, &error.to_string()).await,
@@ -64,6 +70,7 @@ impl Documents {
                 document.lock().put_compaction_off();
             }
         }
+        false
     }
 
     async fn install_next_base(

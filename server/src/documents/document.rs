@@ -41,8 +41,12 @@ const COMPACTION_RETRY: Duration = Duration::from_secs(60);
 /// The least number of changes that is worth a base while the document is in use.
 const BASE_CHANGES_MIN: u64 = 4_096;
 
+/// On a large document, the fraction of what the base covers that is worth a new one: making it costs the whole.
+const BASE_FRACTION: u64 = 8;
+
 /// The same when nothing has been committed for a while.
 const IDLE_BASE_CHANGES_MIN: u64 = 256;
+const IDLE_BASE_FRACTION: u64 = 32;
 
 /// A document in memory.
 pub struct Document {
@@ -220,7 +224,7 @@ impl Document {
         state.graph.advance_durable(end);
         state.last_commit = Instant::now();
         state.mark_all();
-        state.claim_compaction(BASE_CHANGES_MIN, 4)
+        state.claim_compaction(BASE_CHANGES_MIN, BASE_FRACTION)
     }
 
     /// Offers the next changes to the graph and submits what was staged.
@@ -354,7 +358,8 @@ impl Document {
             state.base_chunk = None;
             state.graph.detach_index();
         }
-        now.duration_since(state.last_commit) >= idle && state.claim_compaction(IDLE_BASE_CHANGES_MIN, 32)
+        now.duration_since(state.last_commit) >= idle
+            && state.claim_compaction(IDLE_BASE_CHANGES_MIN, IDLE_BASE_FRACTION)
     }
 
     /// What the document occupies, and whether nobody needs it.
@@ -419,6 +424,12 @@ impl DocumentState {
         self.quarantined = true;
         self.compacting = false;
         self.mark_all();
+    }
+
+    /// Ends the claim on making a base; returns whether another is due, which is claimed then.
+    pub(super) fn compacted(&mut self) -> bool {
+        self.compacting = false;
+        self.claim_compaction(BASE_CHANGES_MIN, BASE_FRACTION)
     }
 
     pub(super) fn put_compaction_off(&mut self) {
