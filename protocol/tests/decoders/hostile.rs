@@ -44,7 +44,7 @@ fn a_checksum_that_is_not_of_the_contents_is_refused_though_automerge_takes_it()
     assert!(automerge::Change::from_bytes(bytes.clone()).is_ok());
     let refused = Change::decode(bytes.into(), &Limits::default()).unwrap_err();
     assert_eq!(refused, ChangeError::Checksum);
-    assert_eq!(refused.reason(), "wrong checksum");
+    assert_eq!(refused.reason(), "wrong_checksum");
 }
 
 #[test]
@@ -91,7 +91,7 @@ fn a_change_that_inflates_beyond_the_limit_is_refused() {
     assert!(Change::decode(deflated.clone(), &limits(201_000)).is_ok());
     let refused = Change::decode(deflated.clone(), &limits(199_000)).unwrap_err();
     assert_eq!(refused, ChangeError::Inflation(InflationProblem::TooLarge));
-    assert_eq!(refused.reason(), "inflation too large");
+    assert_eq!(refused.reason(), "inflation_too_large");
     let refused = Change::decode(deflated.clone(), &limits(100)).unwrap_err();
     assert!(matches!(refused, ChangeError::TooLarge { .. }));
     // Bytes after the end of the compressed stream would give one change many forms.

@@ -206,7 +206,7 @@ async fn operations_that_start_where_a_dependency_stands_are_refused() {
 async fn operations_that_would_use_the_counter_up_are_refused() {
     let mut scene = Scene::new().await;
     let draft = Draft { start_op: 4_000_000_000, ..scene.draft() };
-    scene.assert_refused("counter too large", vec![sealed(&draft)]).await;
+    scene.assert_refused("counter_too_large", vec![sealed(&draft)]).await;
 }
 
 #[tokio::test]
@@ -254,7 +254,7 @@ async fn a_small_change_that_claims_millions_of_operations_is_refused() {
         .with(PREDECESSORS, &column(0));
     let bomb = sealed(&bomb);
     assert!(bomb.len() < 250);
-    scene.assert_refused("too many operations", vec![bomb]).await;
+    scene.assert_refused("too_many_operations", vec![bomb]).await;
 }
 
 #[tokio::test]
@@ -262,7 +262,7 @@ async fn a_compressed_change_that_inflates_beyond_the_limit_is_refused() {
     let scene = Scene::new().await;
     let deflated = miniz_oxide::deflate::compress_to_vec(&vec![0; 256 << 20], 1);
     assert!(deflated.len() < 4 << 20);
-    scene.assert_refused("inflation too large", vec![sealed_as(2, &deflated)]).await;
+    scene.assert_refused("inflation_too_large", vec![sealed_as(2, &deflated)]).await;
 }
 
 #[tokio::test]
@@ -270,7 +270,7 @@ async fn a_change_with_a_wrong_checksum_is_refused() {
     let mut scene = Scene::new().await;
     let mut change = sealed(&scene.draft());
     change[5] ^= 1;
-    scene.assert_refused("wrong checksum", vec![change]).await;
+    scene.assert_refused("wrong_checksum", vec![change]).await;
 }
 
 #[tokio::test]
