@@ -77,7 +77,8 @@ pub struct Limits {
     pub change_ops_max: u64,
     /// Most bytes a whole document chunk may inflate to.
     pub document_bytes_max: usize,
-    /// Most operations in a whole document chunk.
+    /// Most operations in a whole document chunk that is split, and in a base that is made. Automerge takes 250 to 500
+    /// bytes of memory for each.
     pub document_ops_max: u64,
     /// Most changes of one document that wait for a dependency.
     pub pending_changes_max: usize,
@@ -95,7 +96,7 @@ impl Default for Limits {
             change_bytes_max: 16 << 20,
             change_ops_max: 4_000_000,
             document_bytes_max: 256 << 20,
-            document_ops_max: 20_000_000,
+            document_ops_max: 5_000_000,
             pending_changes_max: 100_000,
             pending_bytes_max: 16 << 20,
             ancestry_steps_max: 4_000_000,

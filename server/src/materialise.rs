@@ -9,6 +9,9 @@ use std::sync::Arc;
 
 use automerge::Automerge;
 use bytes::Bytes;
+use isobar_protocol::change::Change;
+use isobar_protocol::chunk::{census, chunks};
+use isobar_protocol::config::Limits;
 use isobar_protocol::ids::ChangeHash;
 
 use crate::commit::ByteBudget;
@@ -33,6 +36,9 @@ pub enum MaterialiseError {
     /// Automerge panicked.
     #[error("automerge panicked on it")]
     Panicked,
+    /// It has more operations than are opened in this process, whatever its size in bytes.
+    #[error("more than {operations_max} operations")]
+    TooLarge { operations_max: u64 },
     /// It applied, but to something else than it should have.
     #[error("the result has other heads than the changes that went in")]
     OtherHeads,
@@ -69,11 +75,16 @@ impl Materialiser {
         old: Option<Bytes>,
         changes: Vec<Bytes>,
         heads: Vec<ChangeHash>,
+        limits: Limits,
     ) -> Result<Bytes, MaterialiseError> {
         let old_bytes = old.as_ref().map_or(0, Bytes::len);
         let change_bytes: usize = changes.iter().map(Bytes::len).sum();
         let bytes = old_bytes * BYTES_PER_DOCUMENT_BYTE + change_bytes * BYTES_PER_CHANGE_BYTE;
-        self.run(MaterialiseReason::Compaction, bytes, move || make_base(old, &changes, &heads)).await
+        self.run(MaterialiseReason::Compaction, bytes, move || {
+            check_operations(old.as_ref(), &changes, &limits)?;
+            make_base(old, &changes, &heads)
+        })
+        .await
     }
 
     async fn run<T: Send + 'static>(
@@ -110,6 +121,32 @@ fn split_bundle(chunk: &[u8]) -> Result<Vec<Bytes>, MaterialiseError> {
     Ok(changes.into_iter().map(|change| change.raw_bytes().to_vec().into()).collect())
 }
 
+/// Memory goes by operations, and a change of 70 bytes can claim millions of them. Counted without opening anything.
+fn check_operations(old: Option<&Bytes>, changes: &[Bytes], limits: &Limits) -> Result<(), MaterialiseError> {
+    let too_large = MaterialiseError::TooLarge { operations_max: limits.document_ops_max };
+    let unlimited = Limits {
+        change_bytes_max: usize::MAX,
+        change_ops_max: u64::MAX,
+        document_bytes_max: usize::MAX,
+        document_ops_max: u64::MAX,
+        ..limits.clone()
+    };
+    let refused = |error: &dyn std::error::Error| MaterialiseError::Refused(error.to_string());
+    let mut operations: u64 = 0;
+    for chunk in old.into_iter().flat_map(|old| chunks(old.clone())) {
+        let census = census(&chunk.map_err(|error| refused(&error))?, &unlimited);
+        operations = operations.saturating_add(census.map_err(|error| refused(&error))?.operations);
+    }
+    for change in changes {
+        let change = Change::decode(change.clone(), &unlimited).map_err(|error| refused(&error))?;
+        operations = operations.saturating_add(change.op_count);
+        if operations > limits.document_ops_max {
+            return Err(too_large);
+        }
+    }
+    if operations > limits.document_ops_max { Err(too_large) } else { Ok(()) }
+}
+
 fn make_base(old: Option<Bytes>, changes: &[Bytes], heads: &[ChangeHash]) -> Result<Bytes, MaterialiseError> {
     let mut document = match old {
         Some(chunk) => Automerge::load(&chunk).map_err(refused)?,
@@ -129,4 +166,31 @@ fn expect_heads(document: &Automerge, heads: &[ChangeHash]) -> Result<(), Materi
     found.sort_unstable();
     expected.sort_unstable();
     if found == expected { Ok(()) } else { Err(MaterialiseError::OtherHeads) }
+}
+
+#[cfg(test)]
+mod tests {
+    use automerge::transaction::Transactable;
+    use automerge::{AutoCommit, ObjType, ROOT};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_base_of_too_many_operations_is_refused_before_anything_is_opened() {
+        let mut document = AutoCommit::new();
+        let text = document.put_object(ROOT, "text", ObjType::Text).unwrap();
+        document.splice_text(&text, 0, 0, &"x".repeat(99)).unwrap();
+        let heads: Vec<ChangeHash> = document.get_heads().iter().map(|head| ChangeHash(head.0)).collect();
+        let changes: Vec<Bytes> =
+            document.get_changes(&[]).iter().map(|change| change.raw_bytes().to_vec().into()).collect();
+        let materialiser = Materialiser::new(Arc::new(Metrics::new()));
+        let enough = Limits { document_ops_max: 100, ..Limits::default() };
+        let base = materialiser.make_base(None, changes.clone(), heads.clone(), enough).await.unwrap();
+
+        let too_few = Limits { document_ops_max: 99, ..Limits::default() };
+        let refused = materialiser.make_base(None, changes, heads.clone(), too_few.clone()).await;
+        assert!(matches!(refused, Err(MaterialiseError::TooLarge { operations_max: 99 })));
+        let refused = materialiser.make_base(Some(base), Vec::new(), heads, too_few).await;
+        assert!(matches!(refused, Err(MaterialiseError::TooLarge { operations_max: 99 })));
+    }
 }

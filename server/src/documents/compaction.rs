@@ -64,6 +64,11 @@ impl Documents {
                 return document.lock().compacted();
             }
             Ok(None) => document.lock().compacting = false,
+            Err(CompactionError::DoesNotApply(error @ MaterialiseError::TooLarge { .. })) => {
+                // It is served as before, from its changes; only its history is not made compact.
+                tracing::warn!(document = %document.id(), %error, "base not made");
+                document.lock().put_compaction_off();
+            }
             Err(CompactionError::DoesNotApply(error)) => self.quarantine(document, &error.to_string()).await,
             Err(CompactionError::Load(error)) => {
                 tracing::warn!(document = %document.id(), %error, "base not made");
@@ -84,7 +89,7 @@ impl Documents {
             _ => self.read_index(document.id()).await?.1,
         };
         let heads = cut.summary.heads.iter().map(|head| head.hash).collect();
-        let chunk = self.materialiser.make_base(old, cut.changes, heads).await?;
+        let chunk = self.materialiser.make_base(old, cut.changes, heads, self.limits.clone()).await?;
         let covered: Vec<ChangeHash> = cut.entries.iter().map(|entry| entry.hash).collect();
         let index = index.extended(cut.entries.into_iter());
         assert_eq!(
