@@ -17,9 +17,18 @@ const OPEN = 1;
 /**
  * An adapter that drops what it cannot send, as later versions of the stock one do. That of 2.5.6 throws instead. When
  * a server dies between a message and the client's answer to it, this happens in the middle of applying the message,
- * and leaves the client with a document that it can neither read nor write any more.
+ * and leaves the client with a document that it can neither read nor write any more. It also retries when the server
+ * dies while a connection is being made; the stock one throws, which ends a Node process.
  */
 class SturdyAdapter extends WebSocketClientAdapter {
+  constructor(...settings) {
+    super(...settings);
+    const stock = this.onError;
+    this.onError = event => {
+      if (event.error?.code !== "ECONNRESET") stock(event);
+    };
+  }
+
   send(message) {
     if (this.socket?.readyState === OPEN) super.send(message);
   }
