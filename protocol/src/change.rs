@@ -138,6 +138,21 @@ pub struct Change {
     pub bytes: Bytes,
 }
 
+/// The hash of a change chunk, whatever else it holds; `None` if it is no change chunk or its checksum is wrong.
+pub fn change_name(bytes: &Bytes, limits: &Limits) -> Option<ChangeHash> {
+    let mut all = chunks(bytes.clone());
+    let (Some(Ok(chunk)), None) = (all.next(), all.next()) else { return None };
+    let hash = match chunk.kind {
+        ChunkKind::Change => content_hash(ChunkKind::Change, chunk.data()),
+        ChunkKind::DeflatedChange => {
+            let data = inflate(chunk.data(), limits.change_bytes_max).ok()?;
+            content_hash(ChunkKind::Change, &data)
+        }
+        ChunkKind::Document | ChunkKind::Bundle => return None,
+    };
+    (hash.as_bytes()[..4] == chunk.checksum).then_some(hash)
+}
+
 impl Change {
     /// Reads exactly one change chunk.
     pub fn decode(bytes: Bytes, limits: &Limits) -> Result<Self, ChangeError> {

@@ -65,6 +65,108 @@ pub const FRUITLESS_REPLIES_MAX: u8 = 4;
 /// A round trip of 200 ms at 20 edits a second has four under way.
 pub const UNANSWERED_MESSAGES_MAX: u8 = 4;
 
+/// Most origins that a region keeps track of. A node start takes a new one: ten regions of four nodes that restart daily
+/// make 15,000 a year.
+pub const ORIGINS_MAX: usize = 65_536;
+
+/// Bytes of entries sent to one peer and not acknowledged. At a round trip of 160 ms it lets 25 MB a second through.
+pub const LINK_WINDOW_BYTES: usize = 4 << 20;
+
+/// The part of it that streams may use which catch up, so that live edits of other origins do not wait behind a backlog.
+pub const CATCH_UP_WINDOW_BYTES: usize = 2 << 20;
+
+/// A stream that is so many entries behind is catching up.
+pub const CATCH_UP_ENTRIES: u64 = 4_096;
+
+/// Bytes of entries that are put into one frame. A single run that is larger is cut, a single change is not.
+pub const ENTRIES_BYTES: usize = 256 << 10;
+
+/// How long an acknowledgement waits for others to go with it.
+pub const ACKNOWLEDGE_AFTER_MS: u64 = 20;
+
+/// How often a peer hears what is durable here that it did not send itself.
+pub const ANNOUNCE_EVERY_MS: u64 = 1_000;
+
+/// How often a link is tried for a sign of life.
+pub const PING_EVERY_MS: u64 = 5_000;
+
+/// A link without a frame for so long is dead: three pings were lost.
+pub const LINK_SILENCE_MS: u64 = 15_000;
+
+/// How long another peer must be ahead before an origin is taken from it instead.
+pub const ROUTE_PATIENCE_MS: u64 = 3_000;
+
+/// How often routes are looked at when nothing has happened to them.
+pub const ROUTES_EVERY_MS: u64 = 250;
+
+/// How long after an origin was asked for again what comes too early is passed over: it was sent before.
+pub const RENEW_PATIENCE_MS: u64 = 2_000;
+
+/// How long a snapshot that was interrupted waits for somebody to go on with, before it is begun anew.
+pub const FETCH_PATIENCE_MS: u64 = 10_000;
+
+/// How long after a failed read of the log it is tried again.
+pub const READ_RETRY_MS: u64 = 500;
+/// Longest frame between regions in bytes. Nearly all are below a quarter of a MiB; but a document travels in one
+/// frame, and its base may be large. As much as the largest client frame, which is how a large document is born.
+pub const LINK_FRAME_BYTES_MAX: usize = 64 << 20;
+
+/// Longest message of the handshake between regions in bytes. It is read from strangers; what the longest names and all
+/// placement groups take fits twice.
+pub const HANDSHAKE_BYTES_MAX: usize = 256 << 10;
+
+/// Shortest cluster key in bytes: what it takes that nobody guesses it, if it is random. Whoever reaches a region's port for
+/// links gets a proof to try guesses on.
+pub const CLUSTER_KEY_BYTES_MIN: usize = 32;
+
+/// Most placement groups that one region holds.
+pub const REGION_GROUPS_MAX: usize = 256;
+
+/// Most features that a node may announce to another region. There is none yet.
+pub const LINK_FEATURES_MAX: usize = 64;
+
+/// Longest name of a feature in bytes.
+pub const LINK_FEATURE_BYTES_MAX: usize = 64;
+
+/// Longest address in bytes at which a region serves clients. Browsers take no longer ones.
+pub const CLIENT_URL_BYTES_MAX: usize = 2_048;
+
+/// Most addresses that are named for a document that is elsewhere: one for each region, of which there are tens.
+pub const ELSEWHERE_URLS_MAX: usize = 64;
+
+/// Most origins in one frame between regions. An origin is made by each start of a node in each placement group, and
+/// forgotten when its log is gone: a hundred nodes that restart daily leave fewer in a year.
+pub const LINK_ORIGINS_MAX: usize = 65_536;
+
+/// Most documents in one page of a snapshot. Pages are cut by bytes; this is for pages of tiny documents.
+pub const SNAPSHOT_PAGE_DOCUMENTS_MAX: usize = 4_096;
+
+/// Most documents that one frame adds to, or takes from, a region's interest in presence. That many are open at once on a
+/// busy node; more go in several frames.
+pub const INTEREST_DOCUMENTS_MAX: usize = 10_000;
+
+/// Most bytes of one ephemeral message between regions. Cursors and selections take hundreds; it is sent again to
+/// every session that looks at the document, and it is not what a document's data is for.
+pub const PRESENCE_DATA_BYTES_MAX: usize = 64 << 10;
+
+/// Longest reason in bytes that a region gives for ending a link. It is for a line of a log.
+pub const LINK_REASON_BYTES_MAX: usize = 1_024;
+
+/// Longest prefix of a hashed document id that a scrub asks for, in bytes: 65,536 buckets, so a region of ten million
+/// documents has 150 in each.
+pub const SCRUB_PREFIX_BYTES_MAX: usize = 2;
+
+/// How many buckets there are below a prefix: one for each next byte.
+pub const SCRUB_BUCKETS: usize = 256;
+
+/// A scrub's answer lists single documents if there are at most this many: about 200 KiB, which costs less than asking
+/// another time.
+pub const SCRUB_SMALL_BUCKET_DOCUMENTS: usize = 4_096;
+
+/// Most documents that a scrub's answer lists, however many there are below the longest prefix. Only ids that were
+/// sought for their hashes crowd like that; with the longest ids it is a frame of 5 MiB.
+pub const SCRUB_DOCUMENTS_MAX: usize = 65_536;
+
 /// What an operator may set.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limits {
@@ -100,6 +202,22 @@ impl Default for Limits {
             pending_changes_max: 100_000,
             pending_bytes_max: 16 << 20,
             ancestry_steps_max: 4_000_000,
+        }
+    }
+}
+
+impl Limits {
+    /// For what was accepted once: it is read back whatever the limits are today.
+    pub fn stored() -> Self {
+        Self {
+            change_bytes_max: usize::MAX,
+            change_ops_max: u64::MAX,
+            document_bytes_max: usize::MAX,
+            document_ops_max: u64::MAX,
+            pending_changes_max: usize::MAX,
+            pending_bytes_max: usize::MAX,
+            ancestry_steps_max: u64::MAX,
+            ..Self::default()
         }
     }
 }

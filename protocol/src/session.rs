@@ -198,6 +198,11 @@ impl SyncSession {
         self.unanswered > 0
     }
 
+    /// Has the next [`Self::generate`] answer the peer's last message again: it was answered before all was known.
+    pub fn answer_again(&mut self) {
+        self.reply_due = true;
+    }
+
     /// Whether the peer has left so many messages unanswered that gathering more changes serves it better than another
     /// message. Stock clients answer each message when they have applied it, which on a large document takes a browser
     /// a tenth of a second, whether the message brings one change or fifty.

@@ -15,8 +15,8 @@ mod encode;
 
 pub use decode::{CborProblem, WireError};
 pub use encode::{
-    SharedSyncFrame, encode_ephemeral, encode_error, encode_join, encode_peer, encode_remote_heads_changed,
-    encode_remote_subscription_change, encode_sync, encode_unavailable,
+    SharedSyncFrame, encode_elsewhere, encode_ephemeral, encode_error, encode_join, encode_peer,
+    encode_remote_heads_changed, encode_remote_subscription_change, encode_sync, encode_unavailable,
 };
 
 use crate::ids::{ChangeHash, DocumentId, PeerId, StorageId};
@@ -53,6 +53,12 @@ pub struct RemoteHeads {
 /// An extra: the client does not answer each sync message but gathers its answers, one a second or less. A stock client
 /// answers each at once, which is half of what it costs to send to it.
 pub const EXTRA_GATHERED_ANSWERS: &str = "gathered-answers";
+
+/// An extra: the client wants to be told where a document is that this region may not hold ([`ElsewhereFrame`]).
+pub const EXTRA_ELSEWHERE: &str = "elsewhere";
+
+/// Most addresses that one of these frames names.
+const URLS_MAX: usize = 256;
 
 /// A frame that a client sent. Fields that decide nothing (`targetId`) are left out.
 #[derive(Debug, Clone, PartialEq)]
@@ -112,5 +118,20 @@ impl PeerFrame {
     /// Reads a `peer` frame: `Ok(None)` if the frame is of another type.
     pub fn decode(frame: &[u8]) -> Result<Option<Self>, WireError> {
         decode::peer_frame(frame)
+    }
+}
+
+/// Where a document is that this region may not hold. Only for clients that announced [`EXTRA_ELSEWHERE`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ElsewhereFrame {
+    pub document: DocumentId,
+    /// Where clients reach regions that hold it; empty if none of them says.
+    pub urls: Vec<String>,
+}
+
+impl ElsewhereFrame {
+    /// Reads an `isobar-elsewhere` frame: `Ok(None)` if the frame is of another type.
+    pub fn decode(frame: &[u8]) -> Result<Option<Self>, WireError> {
+        decode::elsewhere_frame(frame)
     }
 }

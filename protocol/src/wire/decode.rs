@@ -7,7 +7,9 @@
 use cbor4ii::core::dec::{self, Decode, IgnoredAny, Read, Reference, is_break};
 use cbor4ii::core::{major, marker, types};
 
-use super::{ClientFrame, EXTRA_BYTES_MAX, EXTRAS_MAX, PeerFrame, PeerMetadata, RemoteHeads};
+use super::{
+    ClientFrame, EXTRA_BYTES_MAX, EXTRAS_MAX, ElsewhereFrame, PeerFrame, PeerMetadata, RemoteHeads, URLS_MAX,
+};
 use crate::config::{CBOR_DEPTH_MAX, FRAME_KEYS_MAX, REMOTE_HEADS_STORAGES_MAX, SYNC_HASHES_MAX};
 use crate::ids::{ChangeHash, DocumentId, IdError, PeerId, StorageId};
 
@@ -183,6 +185,7 @@ struct Fields<'a> {
     add: Option<Cursor<'a>>,
     remove: Option<Cursor<'a>>,
     new_heads: Option<Cursor<'a>>,
+    urls: Option<Cursor<'a>>,
 }
 
 impl<'a> Fields<'a> {
@@ -225,6 +228,7 @@ impl<'a> Fields<'a> {
             "add" => &mut self.add,
             "remove" => &mut self.remove,
             "newHeads" => &mut self.new_heads,
+            "urls" => &mut self.urls,
             _ => return None,
         })
     }
@@ -305,6 +309,16 @@ pub(super) fn peer_frame(frame: &[u8]) -> Result<Option<PeerFrame>, WireError> {
         metadata: fields.metadata()?,
         version: version.map(str::to_owned),
     }))
+}
+
+pub(super) fn elsewhere_frame(frame: &[u8]) -> Result<Option<ElsewhereFrame>, WireError> {
+    let fields = Fields::find(frame)?;
+    if text(fields.kind, "type")? != "isobar-elsewhere" {
+        return Ok(None);
+    }
+    let urls = texts(fields.urls.ok_or(WireError::Missing("urls"))?, "urls", URLS_MAX)?;
+    let urls = urls.into_iter().map(str::to_owned).collect();
+    Ok(Some(ElsewhereFrame { document: fields.document()?, urls }))
 }
 
 fn optional_text<'a>(value: Option<Cursor<'a>>, field: &'static str) -> Result<Option<&'a str>, WireError> {

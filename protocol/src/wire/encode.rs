@@ -122,6 +122,20 @@ pub fn encode_unavailable(sender: &PeerId, target: &PeerId, document: &DocumentI
     frame.0
 }
 
+/// Where a document is that is not to be had here; for clients that announced it.
+pub fn encode_elsewhere(sender: &PeerId, target: &PeerId, document: &DocumentId, urls: &[String]) -> Vec<u8> {
+    let mut frame = Frame::new(5, "isobar-elsewhere", 256 + 64 * urls.len());
+    frame.pair("senderId", sender.as_str());
+    frame.pair("documentId", document.to_string().as_str());
+    frame.put("urls");
+    frame.array(urls.len());
+    for url in urls {
+        frame.put(url.as_str());
+    }
+    frame.pair("targetId", target.as_str());
+    frame.0
+}
+
 /// A message that is never stored, from its author by way of anyone to `target`. `data` must not be empty: the
 /// JavaScript side refuses that.
 pub fn encode_ephemeral(

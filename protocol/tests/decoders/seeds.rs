@@ -14,7 +14,15 @@ use isobar_protocol::bloom::BloomFilter;
 use isobar_protocol::change::Change;
 use isobar_protocol::chunk::{ChunkKind, census, chunks};
 use isobar_protocol::config::Limits;
-use isobar_protocol::ids::{ChangeHash, DocumentId, PeerId, StorageId};
+use isobar_protocol::ids::{
+    ChangeHash, DocumentId, OriginId, PeerId, PlacementGroup, RegionName, Seq, StorageId,
+};
+use isobar_protocol::link::codec::{decode, encode};
+use isobar_protocol::link::handshake::{
+    ClusterId, ClusterKey, Handshake, Hello, Identity, NodeId, Nonce, Step, VERSIONS,
+};
+use isobar_protocol::link::{BaseContents, DocumentContents, Fingerprints, LinkFrame, Progress, Standing};
+use isobar_protocol::log::{Chain, Content, Entry, encode_run, erase, open_run};
 use isobar_protocol::sync_message::SyncMessage;
 use isobar_protocol::wire::{
     ClientFrame, PeerMetadata, RemoteHeads, encode_ephemeral, encode_error, encode_join,
@@ -199,5 +207,177 @@ fn frame_seeds_are_accepted() {
     };
     for seed in seeds("frame", make) {
         ClientFrame::decode(&seed).unwrap();
+    }
+}
+
+fn origin(number: u128) -> OriginId {
+    OriginId(uuid::Uuid::from_u128(number))
+}
+
+fn link_frames() -> Vec<LinkFrame> {
+    let document = DocumentId::from_slice(&[7; 16]).unwrap();
+    let group = PlacementGroup::new("everywhere").unwrap();
+    let region = RegionName::new("eu").unwrap();
+    let chain = Chain([3; 16]);
+    let progress = Progress { origin: origin(1), region, group: group.clone(), seq: Seq(300), chain };
+    let part = || Bytes::from_static(b"a part of a base");
+    let base = BaseContents { summary: part(), index: part(), chunk: part() };
+    let changes = vec![Bytes::from_static(b"0123456789"), Bytes::from_static(b"another change")];
+    let contents = DocumentContents {
+        document: document.clone(),
+        group,
+        deleted_at_ms: None,
+        base: Some(base),
+        changes,
+    };
+    let deleted = DocumentContents {
+        deleted_at_ms: Some(1 << 40),
+        base: None,
+        changes: Vec::new(),
+        ..contents.clone()
+    };
+    vec![
+        LinkFrame::Have { origins: vec![progress.clone(), progress.clone()] },
+        LinkFrame::Subscribe { origin: origin(2), after: Seq(0), chain },
+        LinkFrame::Unsubscribe { origin: origin(2) },
+        LinkFrame::Entries {
+            origin: origin(2),
+            first: Seq(1),
+            chain,
+            body: Bytes::from_static(&[2, 1, 1, 9, 0]),
+        },
+        LinkFrame::Truncated { origin: origin(2), floor: Seq(9) },
+        LinkFrame::SnapshotRequest { after: Some(document.clone()) },
+        LinkFrame::SnapshotPage {
+            vector: vec![progress],
+            documents: vec![contents.clone(), deleted],
+            next: None,
+        },
+        LinkFrame::Ping { sent_ms: 1 << 41 },
+        LinkFrame::Pong { sent_ms: 0 },
+        LinkFrame::Interest { add: vec![document.clone()], remove: vec![document.clone()] },
+        LinkFrame::Presence {
+            document: document.clone(),
+            sender: "peer-1".to_owned(),
+            session: "session".to_owned(),
+            count: 4,
+            data: Bytes::from_static(b"cursor"),
+        },
+        LinkFrame::Find { request: 1, document: document.clone() },
+        LinkFrame::Found { request: 1, standing: Standing::Deleted },
+        LinkFrame::Found {
+            request: 2,
+            standing: Standing::Elsewhere { urls: vec!["wss://frankfurt.example".to_owned()] },
+        },
+        LinkFrame::DocumentRequest { request: 2, document: document.clone() },
+        LinkFrame::DocumentAnswer { request: 2, contents: Some(contents) },
+        LinkFrame::ScrubRequest { request: 3, prefix: vec![1, 2] },
+        LinkFrame::ScrubAnswer { request: 3, fingerprints: Fingerprints::Buckets(vec![(1, [5; 16]); 256]) },
+        LinkFrame::ScrubAnswer {
+            request: 4,
+            fingerprints: Fingerprints::Documents(vec![(document, [5; 16])]),
+        },
+        LinkFrame::Failed { message: "no".to_owned() },
+    ]
+}
+
+#[test]
+fn link_frame_seeds_are_accepted() {
+    for seed in seeds("link_frame", || link_frames().iter().map(encode).collect()) {
+        decode(seed.into()).unwrap();
+    }
+}
+
+#[test]
+fn log_run_seeds_are_accepted() {
+    let make = || {
+        let changes = follow(&script(5)).get_changes(&[]);
+        let mut entries: Vec<_> = changes
+            .iter()
+            .take(9)
+            .zip([1, 1, 2, 2, 2, 3, 1, 1, 1])
+            .map(|(change, document)| Entry {
+                document: DocumentId::from_slice(&[document; 16]).unwrap(),
+                content: Content::Change {
+                    hash: ChangeHash(change.hash().0),
+                    bytes: change.raw_bytes().to_vec().into(),
+                },
+            })
+            .collect();
+        let document = DocumentId::from_slice(&[2; 16]).unwrap();
+        entries.push(Entry {
+            document: document.clone(),
+            content: Content::Tombstone { deleted_at_ms: 1 << 40 },
+        });
+        let whole = encode_run(&entries);
+        let erased = erase(&whole.clone().into(), &document).unwrap().unwrap();
+        let sealed = changes.iter().filter(|change| contents(change.raw_bytes()).len() < 256).take(3);
+        let sealed = sealed.flat_map(|change| {
+            let contents = contents(change.raw_bytes());
+            [&[64, contents.len() as u8][..], &contents].concat()
+        });
+        vec![
+            under(0, &whole),
+            under(0, &erased),
+            under(0, &encode_run(&entries[..1])),
+            under(1, &sealed.collect::<Vec<_>>()),
+        ]
+    };
+    for seed in seeds("log_run", make) {
+        if seed[0] == 0 {
+            assert!(!open_run(&seed[1..].to_vec().into(), &Limits::default()).unwrap().is_empty());
+        }
+    }
+}
+
+#[test]
+fn handshake_seeds_are_accepted() {
+    let identity = |region: &str| Identity {
+        key: ClusterKey::new(&[42; 32]).unwrap(),
+        cluster: ClusterId::new("weather").unwrap(),
+        versions: VERSIONS,
+        hello: Hello {
+            region: RegionName::new(region).unwrap(),
+            node: NodeId([1; 16]),
+            storage_id: StorageId::new(region).unwrap(),
+            groups: ["everywhere", "near"].map(|group| PlacementGroup::new(group).unwrap()).into(),
+            features: ["zstd".to_owned()].into(),
+            client_url: Some("wss://eu.example".to_owned()),
+        },
+    };
+    let make = || {
+        let (dialler, opening) = Handshake::dial(identity("eu"), Nonce([4; 32]));
+        let opening = Bytes::from(opening);
+        let Ok(Step::Answer { handshake: acceptor, send: challenge }) =
+            Handshake::accept(identity("us"), Nonce([5; 32])).receive(&opening)
+        else {
+            panic!("expected a challenge")
+        };
+        let challenge = Bytes::from(challenge);
+        let Ok(Step::Answer { send: introduction, .. }) = dialler.receive(&challenge) else {
+            panic!("expected an introduction")
+        };
+        let introduction = Bytes::from(introduction);
+        let Ok(Step::Done { send: Some(welcome), .. }) = acceptor.receive(&introduction) else {
+            panic!("expected a welcome")
+        };
+        let messages = [opening, challenge, introduction, welcome.into()];
+        let mut seeds: Vec<_> = messages.iter().map(|message| under(0, message)).collect();
+        let plain =
+            Hello { groups: [].into(), features: [].into(), client_url: None, ..identity("us").hello };
+        seeds.extend([identity("eu").hello, plain].map(|hello| under(1, &hello.encode())));
+        seeds
+    };
+    for seed in seeds("handshake", make) {
+        let message = Bytes::copy_from_slice(&seed[1..]);
+        match seed[0] {
+            1 => _ = Hello::decode(message).unwrap(),
+            // An opening is answered; what else there is, is of another handshake.
+            _ if message[0] == 1 => {
+                let acceptor = Handshake::accept(identity("us"), Nonce([6; 32]));
+                assert!(matches!(acceptor.receive(&message), Ok(Step::Answer { .. })));
+            }
+            _ => {}
+        }
     }
 }
