@@ -1,0 +1,296 @@
+//! What is looked at after every step: frames as they are sent, heads as they move, and now and then everything.
+
+use isobar_protocol::config::{LINK_WINDOW_BYTES, Limits};
+use isobar_protocol::ids::{DocumentId, OriginId, PlacementGroup, Seq};
+use isobar_protocol::link::{LinkFrame, Progress};
+use isobar_protocol::log::{Chain, open_run};
+use isobar_protocol::replica::{LinkId, ReceivedRun};
+
+use crate::disk::{Disk, OriginRow};
+use crate::ledger::{Invariant, Name};
+use crate::plan::Planted;
+use crate::region::name_of;
+use crate::world::World;
+
+impl World {
+    /// Holds a frame that a region sends against its disk, and against what the receiver may see.
+    pub fn check_frame(&mut self, at: usize, link: LinkId, frame: &LinkFrame) {
+        let Some(&(connection, side)) = self.regions[at].node.as_ref().and_then(|node| node.links.get(&link))
+        else {
+            return;
+        };
+        let to = self.connections[connection].ends[1 - side];
+        match frame {
+            LinkFrame::Have { origins } => origins.iter().for_each(|it| self.check_progress(at, to, it)),
+            // Runs that were handed over and are not stored yet are asked beyond; they were durable elsewhere.
+            LinkFrame::Subscribe { origin, after, chain }
+                if self.ledger.chain(*origin, *after) != Some(*chain) =>
+            {
+                self.violate(Invariant::DenseLog, || format!("r{at} asks for {origin:?} after {after:?}"));
+            }
+            LinkFrame::Entries { origin, first, chain, body } => {
+                self.check_entries(at, to, *origin, *first, *chain, body);
+            }
+            LinkFrame::Truncated { origin, floor } => {
+                let stands = self.regions[at].disk.origins.get(origin).map(|row| row.floor);
+                if stands.is_none_or(|stands| stands < *floor) {
+                    self.violate(Invariant::DenseLog, || {
+                        format!("r{at} says {origin:?} begins at {floor:?}")
+                    });
+                }
+            }
+            LinkFrame::SnapshotPage { vector, documents, .. } => {
+                vector.iter().for_each(|it| self.check_progress(at, to, it));
+                for contents in documents {
+                    self.check_residency(at, to, &contents.document, &contents.group);
+                    let stored = |bytes| self.regions[at].disk.holds(&contents.document, &name_of(bytes));
+                    if !contents.changes.iter().all(stored) {
+                        self.violate(Invariant::DurableBeforeAdvertised, || format!("r{at} sends a page"));
+                    }
+                }
+            }
+            _ => {}
+        }
+        let carries = matches!(
+            frame,
+            LinkFrame::Entries { .. } | LinkFrame::SnapshotRequest { .. } | LinkFrame::SnapshotPage { .. }
+        );
+        if self.silent && carries {
+            self.violate(Invariant::Silence, || format!("r{at} still sends {frame:?}"));
+        }
+    }
+
+    fn check_progress(&mut self, at: usize, to: usize, progress: &Progress) {
+        let durable = self.regions[at].disk.origins.get(&progress.origin).map_or(Seq(0), |row| row.seq);
+        if durable < progress.seq {
+            self.violate(Invariant::DurableBeforeAdvertised, || {
+                format!("r{at} announces {progress:?}, durable is {durable:?}")
+            });
+        }
+        if self.ledger.chain(progress.origin, progress.seq) != Some(progress.chain) {
+            self.violate(Invariant::OneEntryPerSeq, || {
+                format!("r{at} announces {progress:?}, never written")
+            });
+        }
+        if !self.regions[to].groups.contains(&progress.group) {
+            self.violate(Invariant::Residency, || format!("r{at} tells r{to} of {progress:?}"));
+        }
+    }
+
+    fn check_entries(
+        &mut self,
+        at: usize,
+        to: usize,
+        origin: OriginId,
+        first: Seq,
+        chain: Chain,
+        body: &bytes::Bytes,
+    ) {
+        let Ok(entries) = open_run(body, &Limits::stored()) else {
+            return self.violate(Invariant::DenseLog, || format!("r{at} sends what does not decode"));
+        };
+        let last = Seq(first.0 + entries.len() as u64 - 1);
+        let durable = self.regions[at].disk.origins.get(&origin).map_or(Seq(0), |row| row.seq);
+        if last > durable {
+            self.violate(Invariant::DurableBeforeAdvertised, || {
+                format!("r{at} sends {origin:?} to {last:?}")
+            });
+        }
+        if self.ledger.chain(origin, Seq(first.0 - 1)) != Some(chain) {
+            self.violate(Invariant::DenseLog, || format!("r{at} sends a wrong chain of {origin:?}"));
+        }
+        for (seq, (document, opened)) in (first.0..).zip(&entries) {
+            let written = self.ledger.logs.get(&origin).and_then(|log| log.entries.get(seq as usize - 1));
+            if written != Some(&(document.clone(), Name::of(opened))) {
+                self.violate(Invariant::DenseLog, || format!("r{at} sends another {origin:?} {seq}"));
+            }
+            let group = self.group_of(document);
+            self.check_residency(at, to, document, &group);
+        }
+        let logged = self.ledger.logs.get(&origin).map(|log| log.group.clone());
+        if logged.is_some_and(|group| !self.regions[to].groups.contains(&group)) {
+            self.violate(Invariant::Residency, || format!("r{at} sends {origin:?} to r{to}"));
+        }
+    }
+
+    fn check_residency(&mut self, at: usize, to: usize, document: &DocumentId, group: &PlacementGroup) {
+        if !self.regions[to].groups.contains(group) || *group != self.group_of(document) {
+            self.violate(Invariant::Residency, || format!("r{at} sends {document:?} of {group} to r{to}"));
+        }
+    }
+
+    /// Holds a run that is to be stored against what was written.
+    pub fn check_received(&mut self, at: usize, run: &ReceivedRun) {
+        let origin = run.origin;
+        if run.last.0 + 1 - run.first.0 != run.entries.len() as u64 {
+            self.violate(Invariant::DenseLog, || format!("r{at} is handed a run of another length"));
+        }
+        if self.ledger.chain(origin, Seq(run.first.0 - 1)) != Some(run.chain_before) {
+            self.violate(Invariant::DenseLog, || format!("r{at} is handed {origin:?} from {:?}", run.first));
+        }
+        if !self.regions[at].groups.contains(&run.group) {
+            self.violate(Invariant::Residency, || format!("r{at} is handed {origin:?} of {}", run.group));
+        }
+        for (document, _) in &run.entries {
+            if !self.regions[at].groups.contains(&self.group_of(document)) {
+                self.violate(Invariant::Residency, || format!("r{at} is handed {document:?}"));
+            }
+        }
+    }
+
+    /// The heads that clients are shown: what is stored and complete, and nothing else.
+    pub fn check_heads(&mut self, at: usize, document: &DocumentId) {
+        let region = &self.regions[at];
+        let Some(graph) = region.node.as_ref().and_then(|node| node.graphs.get(document)) else { return };
+        let Some(row) = region.disk.documents.get(document) else {
+            if !graph.heads().is_empty() {
+                self.violate(Invariant::DurableBeforeAdvertised, || format!("r{at} shows {document:?}"));
+            }
+            return;
+        };
+        let mut shown = graph.heads();
+        if self.is_planted(Planted::ForgetDependencies) {
+            let named = |hash| row.changes.values().any(|it| it.change.deps.contains(hash));
+            shown = row.changes.keys().filter(|hash| !named(hash)).copied().collect();
+        }
+        let expected = row.heads();
+        if shown != expected {
+            let blocked = format!("{:?} is next of {}", graph.hash(graph.durable_end()), graph.staged_end());
+            let stored = shown.iter().all(|hash| row.changes.contains_key(hash));
+            let invariant =
+                if stored { Invariant::CausalVisibility } else { Invariant::DurableBeforeAdvertised };
+            self.violate(invariant, || {
+                format!(
+                    "r{at} shows {shown:?} of {document:?}, stored and complete are {expected:?}; {blocked}"
+                )
+            });
+        }
+    }
+
+    /// Looks at everything that is durable.
+    pub fn audit(&mut self) {
+        for at in 0..self.regions.len() {
+            let mut found = audit_logs(&self.regions[at].disk);
+            found = found.or_else(|| self.audit_documents(at));
+            found = found.or_else(|| self.audit_vector(at));
+            found = found.or_else(|| self.audit_windows(at));
+            if let Some((invariant, detail)) = found {
+                self.violate(invariant, || format!("r{at}: {detail}"));
+            }
+        }
+    }
+
+    fn audit_documents(&self, at: usize) -> Option<(Invariant, String)> {
+        let region = &self.regions[at];
+        for (document, row) in &region.disk.documents {
+            if !region.groups.contains(&row.group) {
+                return Some((Invariant::Residency, format!("{document:?} of {} is here", row.group)));
+            }
+            if row.deleted_at_ms.is_some() && !row.changes.is_empty() {
+                return Some((Invariant::NoResurrection, format!("{document:?} has changes again")));
+            }
+        }
+        let gone = region.deleted.iter().find(|it| !region.disk.is_deleted(it));
+        if let Some(document) = gone {
+            return Some((Invariant::NoResurrection, format!("{document:?} is not deleted any more")));
+        }
+        let shown = region
+            .node
+            .as_ref()
+            .and_then(|node| node.graphs.keys().find(|document| region.disk.is_deleted(document)));
+        shown.map(|document| (Invariant::NoResurrection, format!("{document:?} is in memory")))
+    }
+
+    /// Whatever the vector covers is in the documents, unless it was deleted somewhere.
+    fn audit_vector(&self, at: usize) -> Option<(Invariant, String)> {
+        let region = &self.regions[at];
+        for (origin, row) in &region.disk.origins {
+            let Some(log) = self.ledger.logs.get(origin) else { continue };
+            for (seq, (document, name)) in (1..=row.seq.0).zip(&log.entries) {
+                let kept = match name {
+                    Name::Change(hash) => {
+                        region.disk.holds(document, hash)
+                            || region.disk.is_deleted(document)
+                            // Its bytes may be gone ahead of the tombstone.
+                            || self.ledger.was_deleted(document)
+                    }
+                    Name::Tombstone(_) => region.disk.is_deleted(document),
+                };
+                if !kept {
+                    let detail = format!("{origin:?} {seq} of {document:?} is missing: {name:?}");
+                    return Some((Invariant::AcknowledgedMeansKept, detail));
+                }
+            }
+        }
+        None
+    }
+
+    fn audit_windows(&self, at: usize) -> Option<(Invariant, String)> {
+        let node = self.regions[at].node.as_ref()?;
+        let over = node.replica.links().find(|it| it.in_flight_bytes > 2 * LINK_WINDOW_BYTES)?;
+        Some((Invariant::Bounded, format!("{over:?}")))
+    }
+
+    /// Tells the clients of a region which of their changes are kept.
+    pub fn acknowledge(&mut self, at: usize, document: &DocumentId) {
+        let hastily = self.is_planted(Planted::AcknowledgeBeforeCommit);
+        let Some(graph) = self.regions[at].node.as_ref().and_then(|node| node.graphs.get(document)) else {
+            return;
+        };
+        let mut promised = Vec::new();
+        for client in self.clients.iter_mut().filter(|client| client.region == at) {
+            let Some(view) = client.views.get_mut(document) else { continue };
+            let kept = |hash: &isobar_protocol::ids::ChangeHash| {
+                let position = graph.position(hash);
+                position.is_some_and(|position| hastily || position < graph.durable_end())
+            };
+            promised.extend(view.unacknowledged.extract_if(.., |hash| kept(hash)));
+        }
+        for hash in promised {
+            self.count("acknowledged");
+            if !self.regions[at].disk.holds(document, &hash) {
+                self.violate(Invariant::DurableBeforeAdvertised, || {
+                    format!("r{at} acknowledges {hash:?} of {document:?}, which is not stored")
+                });
+            }
+            self.ledger.acknowledged.insert((document.clone(), hash));
+        }
+    }
+}
+
+/// Every log is dense: its runs follow each other from the floor to the counter. Deleted documents have left no bytes.
+fn audit_logs(disk: &Disk) -> Option<(Invariant, String)> {
+    for (origin, row) in &disk.origins {
+        if let Some(detail) = gap(row) {
+            return Some((Invariant::DenseLog, format!("{origin:?} {detail}")));
+        }
+        for run in row.runs.values() {
+            if disk.documents.values().all(|row| row.deleted_at_ms.is_none()) {
+                break;
+            }
+            let entries = isobar_protocol::log::decode_run(&run.body).expect("stored runs decode");
+            let kept = entries.iter().find(|entry| {
+                matches!(entry.content, isobar_protocol::log::Content::Change { .. })
+                    && disk.is_deleted(&entry.document)
+            });
+            if let Some(entry) = kept {
+                return Some((
+                    Invariant::NoResurrection,
+                    format!("{:?} has bytes in the log", entry.document),
+                ));
+            }
+        }
+    }
+    None
+}
+
+fn gap(row: &OriginRow) -> Option<String> {
+    let mut end = row.floor;
+    for run in row.runs.values() {
+        if run.first.0 != end.0 + 1 {
+            return Some(format!("has nothing between {end:?} and {:?}", run.first));
+        }
+        end = run.last;
+    }
+    (end != row.seq).then(|| format!("ends at {end:?}, its counter says {:?}", row.seq))
+}

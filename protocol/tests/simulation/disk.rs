@@ -1,0 +1,186 @@
+//! The durable half of a region: what a database holds, and nothing of what it means.
+//!
+//! It keeps the storage's contract: dense logs in runs, each change once, deletions that erase, truncation that leaves a
+//! prefix out, counters that are adopted forward. A copy of it is a copy of the database.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use isobar_protocol::ids::{ChangeHash, DocumentId, OriginId, PlacementGroup, RegionName, Seq};
+use isobar_protocol::link::Progress;
+use isobar_protocol::log::{self, Chain};
+use isobar_protocol::replica::LogSlice;
+
+use crate::change_bytes::Made;
+
+#[derive(Debug, Clone, Default)]
+pub struct Disk {
+    pub origins: BTreeMap<OriginId, OriginRow>,
+    pub documents: BTreeMap<DocumentId, DocumentRow>,
+    /// How far other regions say that they have each origin.
+    pub acknowledged: BTreeMap<(RegionName, OriginId), Seq>,
+    /// The origin that this region claimed last for each group.
+    pub claimed: BTreeMap<PlacementGroup, OriginId>,
+}
+
+#[derive(Debug, Clone)]
+pub struct OriginRow {
+    pub region: RegionName,
+    pub group: PlacementGroup,
+    pub seq: Seq,
+    pub chain: Chain,
+    /// The log holds what is after it.
+    pub floor: Seq,
+    /// By first seq.
+    pub runs: BTreeMap<u64, LogSlice>,
+}
+
+#[derive(Debug, Clone)]
+pub struct DocumentRow {
+    pub group: PlacementGroup,
+    pub deleted_at_ms: Option<u64>,
+    /// Two changes of one author with one number.
+    pub quarantined: bool,
+    pub changes: BTreeMap<ChangeHash, Arc<Made>>,
+}
+
+/// A run to be appended.
+pub struct Run {
+    pub origin: OriginId,
+    pub region: RegionName,
+    pub group: PlacementGroup,
+    pub first: Seq,
+    pub last: Seq,
+    pub chain_before: Chain,
+    pub chain: Chain,
+    pub body: Bytes,
+}
+
+/// The origin stands elsewhere; nothing was stored.
+pub struct OutOfStep {
+    pub seq: Seq,
+    pub chain: Chain,
+}
+
+impl Disk {
+    pub fn append(&mut self, run: Run) -> Result<(), OutOfStep> {
+        let row = self.origins.entry(run.origin).or_insert_with(|| OriginRow::new(run.region, run.group));
+        if row.seq.0 + 1 != run.first.0 || row.chain != run.chain_before {
+            return Err(OutOfStep { seq: row.seq, chain: row.chain });
+        }
+        let slice =
+            LogSlice { first: run.first, last: run.last, chain_before: run.chain_before, body: run.body };
+        row.runs.insert(run.first.0, slice);
+        row.seq = run.last;
+        row.chain = run.chain;
+        Ok(())
+    }
+
+    pub fn row(&mut self, document: &DocumentId, group: &PlacementGroup) -> &mut DocumentRow {
+        self.documents.entry(document.clone()).or_insert_with(|| DocumentRow {
+            group: group.clone(),
+            deleted_at_ms: None,
+            quarantined: false,
+            changes: BTreeMap::new(),
+        })
+    }
+
+    /// Deletes a document; the earliest time counts.
+    pub fn delete(&mut self, document: &DocumentId, group: &PlacementGroup, at_ms: u64) {
+        let row = self.row(document, group);
+        row.deleted_at_ms = Some(row.deleted_at_ms.map_or(at_ms, |before| before.min(at_ms)));
+        row.changes.clear();
+        row.quarantined = false;
+        self.erase(document);
+    }
+
+    /// Erases a document's changes from every run.
+    pub fn erase(&mut self, document: &DocumentId) {
+        for run in self.origins.values_mut().flat_map(|row| row.runs.values_mut()) {
+            if let Some(erased) = log::erase(&run.body, document).expect("stored runs decode") {
+                run.body = erased.into();
+            }
+        }
+    }
+
+    /// The runs from the one with the entry after `after` on; the log's floor if they are gone.
+    pub fn read_log(&self, origin: OriginId, after: Seq, bytes_max: usize) -> Result<Vec<LogSlice>, Seq> {
+        let Some(row) = self.origins.get(&origin) else { return Ok(Vec::new()) };
+        if after < row.floor {
+            return Err(row.floor);
+        }
+        let mut bytes = 0;
+        let after = row.runs.values().filter(|run| run.last > after);
+        let fitting = after.take_while(|run| {
+            let first = bytes == 0;
+            bytes += run.body.len();
+            first || bytes <= bytes_max
+        });
+        Ok(fitting.cloned().collect())
+    }
+
+    /// Removes whole runs up to `up_to`, never the last one. Returns where the log begins now.
+    pub fn truncate(&mut self, origin: OriginId, up_to: Seq) -> Seq {
+        let Some(row) = self.origins.get_mut(&origin) else { return Seq(0) };
+        let newest = row.seq;
+        row.runs.retain(|_, run| run.last > up_to || run.last == newest);
+        row.floor = row.runs.values().next().map_or(row.floor, |run| Seq(run.first.0 - 1));
+        row.floor
+    }
+
+    /// Raises counters to those of a snapshot; never lowers one.
+    pub fn adopt(&mut self, progress: &Progress) {
+        let row = self
+            .origins
+            .entry(progress.origin)
+            .or_insert_with(|| OriginRow::new(progress.region.clone(), progress.group.clone()));
+        if progress.seq > row.seq {
+            (row.seq, row.chain, row.floor) = (progress.seq, progress.chain, progress.seq);
+            row.runs.clear();
+        }
+    }
+
+    pub fn vector(&self) -> Vec<Progress> {
+        let progress = |(id, row): (&OriginId, &OriginRow)| Progress {
+            origin: *id,
+            region: row.region.clone(),
+            group: row.group.clone(),
+            seq: row.seq,
+            chain: row.chain,
+        };
+        self.origins.iter().map(progress).collect()
+    }
+
+    pub fn holds(&self, document: &DocumentId, hash: &ChangeHash) -> bool {
+        self.documents.get(document).is_some_and(|row| row.changes.contains_key(hash))
+    }
+
+    pub fn is_deleted(&self, document: &DocumentId) -> bool {
+        self.documents.get(document).is_some_and(|row| row.deleted_at_ms.is_some())
+    }
+}
+
+impl OriginRow {
+    pub fn new(region: RegionName, group: PlacementGroup) -> Self {
+        let runs = BTreeMap::new();
+        Self { region, group, seq: Seq(0), chain: Chain::START, floor: Seq(0), runs }
+    }
+}
+
+impl DocumentRow {
+    /// The heads that follow from what is stored: changes whose whole past is here, and that no other of them names.
+    pub fn heads(&self) -> Vec<ChangeHash> {
+        let mut made: Vec<(&ChangeHash, &Arc<Made>)> = self.changes.iter().collect();
+        made.sort_unstable_by_key(|(_, made)| made.number);
+        let mut complete: BTreeSet<ChangeHash> = BTreeSet::new();
+        let mut named: BTreeSet<ChangeHash> = BTreeSet::new();
+        for (hash, made) in made {
+            if made.change.deps.iter().all(|it| complete.contains(it)) {
+                complete.insert(*hash);
+                named.extend(made.change.deps.iter());
+            }
+        }
+        complete.difference(&named).copied().collect()
+    }
+}

@@ -1,0 +1,236 @@
+//! Faults as they happen.
+
+use isobar_protocol::ids::{OriginId, RegionName, Seq};
+
+use crate::ledger::Invariant;
+use crate::plan::{Fault, Planted};
+use crate::region::{Own, Submission};
+use crate::trace;
+use crate::world::{Event, World};
+
+/// How many copies of a disk are kept.
+const COPIES_MAX: usize = 2;
+
+impl World {
+    pub fn fault(&mut self) {
+        if self.calm {
+            return;
+        }
+        let delay = self.rng.range(1, 2 * self.plan.fault_every_ms);
+        self.after(delay, Event::Fault);
+        let Some(fault) = self.rng.pick(&self.plan.faults.clone()).copied() else { return };
+        let at = self.rng.below(self.regions.len());
+        trace::note(|| format!("{} r{at} {fault:?}", self.now));
+        match fault {
+            Fault::Reset => self.reset(),
+            Fault::Cut => self.cut(),
+            Fault::Pause => {
+                let pause = self.rng.range(10, 20_000);
+                let region = &mut self.regions[at];
+                region.paused_until = region.paused_until.max(self.now + pause);
+            }
+            Fault::Crash => self.crash(at),
+            Fault::CrashInside => self.regions[at].effects_left = Some(self.rng.range(0, 30)),
+            Fault::Copy => self.copy(at),
+            Fault::Rollback => self.roll_back(at),
+            Fault::Truncate => self.truncate(at),
+            Fault::TruncateByForce => self.truncate_by_force(at),
+            Fault::Replay => self.replay(),
+            Fault::Evict => {
+                if let Some(node) = &mut self.regions[at].node
+                    && node.submitted().next().is_none()
+                {
+                    node.graphs.clear();
+                }
+            }
+            Fault::Delete => self.delete(at),
+            Fault::Clone => self.clone_client(),
+        }
+    }
+
+    /// A connection is torn: what is on its way is lost, and each side hears of it when it does.
+    fn reset(&mut self) {
+        let open = self.connections.iter().enumerate().filter(|(_, it)| it.open.contains(&true));
+        let open: Vec<usize> = open.map(|(number, _)| number).collect();
+        let Some(connection) = self.rng.pick(&open).copied() else { return };
+        self.count("resets");
+        for side in 0..2 {
+            self.connections[connection].streams[side].frames.clear();
+            self.connections[connection].streams[side].held_up = 0;
+            let delay = self.rng.range(0, 300);
+            self.after(delay, Event::LinkDown { connection, side });
+        }
+    }
+
+    fn cut(&mut self) {
+        let pair = self.rng.below(self.pairs.len());
+        let both = self.rng.chance(50);
+        let direction = self.rng.below(2);
+        self.count("cuts");
+        // Some end before anybody notices, some after the silence was noticed.
+        let lasts =
+            if self.rng.chance(50) { self.rng.range(50, 3_000) } else { self.rng.range(3_000, 40_000) };
+        for from in 0..2 {
+            if both || from == direction {
+                self.pairs[pair].cut[from] = true;
+                self.after(lasts, Event::Heal { pair, from });
+            }
+        }
+    }
+
+    /// The node dies. Its peers hear of it if they can be told; what it sent may still arrive.
+    pub fn crash(&mut self, at: usize) {
+        let Some(_) = self.regions[at].node.take() else { return };
+        self.count("crashes");
+        trace::note(|| format!("{} r{at} crashes", self.now));
+        self.regions[at].effects_left = None;
+        for connection in 0..self.connections.len() {
+            let ends = self.connections[connection].ends;
+            let Some(side) = ends.iter().position(|end| *end == at) else { continue };
+            if !std::mem::replace(&mut self.connections[connection].open[side], false) {
+                continue;
+            }
+            let pair = self.connections[connection].pair;
+            if self.rng.chance(70) && !self.pairs[pair].cut[side] {
+                let arrives = self.connections[connection].streams[side].arrives_at.max(self.now + 1);
+                self.at(arrives, Event::LinkDown { connection, side: 1 - side });
+            }
+        }
+        let delay = self.rng.range(10, 3_000);
+        self.after(delay, Event::Start(at));
+    }
+
+    fn copy(&mut self, at: usize) {
+        let region = &mut self.regions[at];
+        if region.copies.len() >= COPIES_MAX {
+            region.copies.remove(0);
+        }
+        region.copies.push(region.disk.clone());
+    }
+
+    /// The disk is replaced by an older copy. What was only there is lost, and that is written down.
+    fn roll_back(&mut self, at: usize) {
+        let Some(copy) = self.rng.pick(&self.regions[at].copies).cloned() else { return };
+        self.crash(at);
+        self.count("rollbacks");
+        let region = &mut self.regions[at];
+        for (origin, row) in &region.disk.origins {
+            let left = copy.origins.get(origin).map_or(Seq(0), |row| row.seq);
+            if left < row.seq {
+                self.ledger.rolled_back.insert(*origin);
+            }
+        }
+        region.deleted = copy.documents.keys().filter(|it| copy.is_deleted(it)).cloned().collect();
+        region.disk = copy;
+        let regions = &self.regions;
+        let gone = self
+            .ledger
+            .acknowledged
+            .iter()
+            .filter(|(document, hash)| !regions.iter().any(|region| region.disk.holds(document, hash)));
+        let gone: Vec<_> = gone.cloned().collect();
+        self.ledger.lost.extend(gone);
+    }
+
+    /// Every origin's log is truncated to what all other members of its group have acknowledged.
+    fn truncate(&mut self, at: usize) {
+        let forgets = self.is_planted(Planted::TruncateEarly);
+        let rows = self.regions[at].disk.origins.iter();
+        let origins: Vec<_> = rows.map(|(id, row)| (*id, row.group.clone(), row.seq)).collect();
+        for (origin, group, seq) in origins {
+            let members = self.regions.iter().enumerate();
+            let members: Vec<(usize, RegionName)> = members
+                .filter(|(number, it)| *number != at && it.joined && it.groups.contains(&group))
+                .map(|(number, it)| (number, it.name.clone()))
+                .collect();
+            let acknowledged = members.iter().skip(usize::from(forgets)).map(|(_, name)| {
+                self.regions[at].disk.acknowledged.get(&(name.clone(), origin)).copied().unwrap_or(Seq(0))
+            });
+            let up_to = acknowledged.min().unwrap_or(seq).min(seq);
+            let before = self.regions[at].disk.origins[&origin].floor;
+            let floor = self.regions[at].disk.truncate(origin, up_to);
+            if floor > before {
+                self.count("truncations");
+                members.iter().for_each(|(member, _)| self.check_truncation(at, *member, origin, floor));
+            }
+        }
+        self.audit();
+    }
+
+    /// Nobody may still need what is gone: each member had it on its disk.
+    fn check_truncation(&mut self, at: usize, member: usize, origin: OriginId, floor: Seq) {
+        let reached = self.ledger.reached.get(&(member, origin)).copied().unwrap_or(Seq(0));
+        if reached < floor {
+            self.violate(Invariant::TruncatedWhenAcknowledged, || {
+                format!("r{at} truncates {origin:?} to {floor:?}, r{member} had {reached:?} at most")
+            });
+        }
+    }
+
+    fn truncate_by_force(&mut self, at: usize) {
+        let disk = &mut self.regions[at].disk;
+        let origins: Vec<(OriginId, Seq)> = disk.origins.iter().map(|(id, row)| (*id, row.seq)).collect();
+        for (origin, seq) in origins {
+            disk.truncate(origin, seq);
+        }
+        self.count("forced truncations");
+        self.audit();
+    }
+
+    /// A frame that was received once is received again, on the link of today.
+    fn replay(&mut self) {
+        let pair = self.rng.below(self.pairs.len());
+        let from = self.rng.below(2);
+        let ends = self.pairs[pair].ends;
+        let lives = [self.regions[ends[from]].life, self.regions[ends[1 - from]].life];
+        let Some(connection) = self.pairs[pair].connection else { return };
+        let known = self.pairs[pair].remembered[from].iter().filter(|it| it.lives[0] == lives[0]);
+        let frames: Vec<_> = known.map(|it| it.frame.clone()).collect();
+        let Some(frame) = self.rng.pick(&frames).cloned() else { return };
+        if !self.connections[connection].open[1 - from]
+            || self.regions[ends[1 - from]].paused_until > self.now
+        {
+            return;
+        }
+        self.count("replays");
+        trace::note(|| format!("  again {frame:?}"));
+        let link = self.connections[connection].links[1 - from];
+        self.call(ends[1 - from], |replica, now| replica.receive(now, link, frame));
+    }
+
+    /// Somebody deletes a document.
+    fn delete(&mut self, at: usize) {
+        if self.regions[at].node.is_none() {
+            return;
+        }
+        let here = self.regions[at].disk.documents.keys().cloned().collect::<Vec<_>>();
+        let Some(document) = self.rng.pick(&here).cloned() else { return };
+        if self.regions[at].disk.is_deleted(&document) {
+            return;
+        }
+        let group = self.group_of(&document);
+        let deleted_at_ms = self.regions[at].clock.at(self.now).0;
+        let content = Own::Tombstone { deleted_at_ms };
+        self.submit(at, Submission::Own { group, document, content });
+    }
+
+    /// A client's copy wakes up at another region, with the same actor.
+    fn clone_client(&mut self) {
+        if self.clients.len() >= 2 * self.plan.clients {
+            return;
+        }
+        self.count("clones");
+        let mut copy = self.clients[self.rng.below(self.clients.len())].clone();
+        copy.region = self.rng.below(self.regions.len());
+        self.clients.push(copy);
+        let number = self.clients.len() - 1;
+        self.after(1, Event::Turn(number));
+    }
+
+    /// A run of the middle or the end is gone.
+    pub fn lose_run(&mut self, at: usize) {
+        let disk = &mut self.regions[at].disk;
+        let Some(row) = disk.origins.values_mut().find(|row| row.runs.len() > 1) else { return };
+        row.runs.pop_last();
+    }
+}

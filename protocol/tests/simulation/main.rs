@@ -1,0 +1,147 @@
+//! Several regions in one process, in virtual time, under every fault that can be thought of: the same core that the server
+//! runs, with a simulated shell around it. What must be true is checked at every step, and at the end, when all has
+//! healed, every region must have come to the same.
+//!
+//! A schedule is a seed. `SIMULATION_SEEDS` sets how many are run; `SIMULATION_SEED` runs one and prints what happened in it. A
+//! schedule that fails is run again for its trace, of which the end is printed. The same seed is the same schedule, to the byte.
+//!
+//! What it cannot see: the server's own shell, that is SQL, tasks, framing and TLS.
+
+mod change_bytes;
+mod checks;
+mod client;
+mod commits;
+mod disk;
+mod effects;
+mod faults;
+mod ledger;
+mod network;
+mod plan;
+mod planted;
+mod region;
+mod rng;
+mod settle;
+mod trace;
+mod turns;
+mod wires;
+mod world;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use ledger::{Invariant, Violation};
+use plan::Planted;
+use world::{Tally, World};
+
+/// How many seeds are run if nobody says otherwise.
+const SEEDS: u64 = 200;
+
+/// How much of a trace is printed when a schedule fails.
+const TRACE_LINES: usize = 120;
+
+/// What every 200 schedules must have met, so that passing means something.
+const REACHED: [&str; 16] = [
+    "acknowledged",
+    "adoptions",
+    "clones",
+    "closes",
+    "crashes between effects",
+    "cuts",
+    "deleted documents",
+    "joins with a copy",
+    "pages",
+    "pending",
+    "quarantined documents",
+    "replays",
+    "resets",
+    "rollbacks",
+    "truncated reads",
+    "truncations",
+];
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
+/// Runs one schedule. A panic, the core's assertions among them, is a violation like any other.
+fn run(seed: u64, planted: Option<Planted>) -> Result<Tally, Violation> {
+    catch_unwind(AssertUnwindSafe(|| World::new(seed, planted).run())).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("a panic");
+        Err(Violation { invariant: Invariant::NoPanic, detail: text.to_owned() })
+    })
+}
+
+/// Runs one schedule and returns its trace, too.
+fn run_traced(seed: u64) -> (Result<Tally, Violation>, Vec<String>) {
+    trace::begin(true);
+    let result = run(seed, None);
+    (result, trace::end())
+}
+
+/// Runs a schedule that is expected to keep every invariant; says where it does not.
+fn must_keep(seed: u64) -> Tally {
+    run(seed, None).unwrap_or_else(|violation| {
+        let (_, lines) = run_traced(seed);
+        for line in &lines[lines.len().saturating_sub(TRACE_LINES)..] {
+            eprintln!("{line}");
+        }
+        panic!("SIMULATION_SEED={seed} violates {:?}: {}", violation.invariant, violation.detail);
+    })
+}
+
+/// Runs seeds on as many threads as there are processors; adds up what happened.
+fn run_all(seeds: u64) -> Tally {
+    let next = AtomicU64::new(0);
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let worker = || {
+        let mut sum = Tally::new();
+        loop {
+            let seed = next.fetch_add(1, Ordering::Relaxed);
+            if seed >= seeds {
+                return sum;
+            }
+            for (what, count) in must_keep(seed) {
+                *sum.entry(what).or_default() += count;
+            }
+        }
+    };
+    let mut all = Tally::new();
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(worker)).collect();
+        for finished in workers {
+            let sum = finished.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            for (what, count) in sum {
+                *all.entry(what).or_default() += count;
+            }
+        }
+    });
+    all
+}
+
+#[test]
+fn every_schedule_keeps_every_invariant() {
+    if let Some(seed) = number("SIMULATION_SEED") {
+        let (result, lines) = run_traced(seed);
+        lines.iter().for_each(|line| println!("{line}"));
+        let tally = result.unwrap_or_else(|violation| panic!("seed {seed} violates {violation:?}"));
+        return println!("{tally:#?}");
+    }
+    let seeds = number("SIMULATION_SEEDS").unwrap_or(SEEDS);
+    let tally = run_all(seeds);
+    println!("{tally:#?}");
+    for what in REACHED {
+        assert!(seeds < SEEDS || tally.contains_key(what), "no schedule had any: {what}");
+    }
+}
+
+#[test]
+fn the_same_seed_is_the_same_schedule_to_the_byte() {
+    for seed in 0..12 {
+        let (_, first) = run_traced(seed);
+        let (_, second) = run_traced(seed);
+        assert!(first.len() > 100, "seed {seed} does next to nothing");
+        assert_eq!(first, second, "seed {seed}");
+    }
+    assert_ne!(run_traced(1).1, run_traced(2).1, "seeds make a difference");
+}

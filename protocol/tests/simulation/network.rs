@@ -1,0 +1,62 @@
+//! The network: connections between regions, in order and without loss while they last; and what cuts them.
+
+use std::collections::VecDeque;
+
+use bytes::Bytes;
+use isobar_protocol::link::LinkFrame;
+use isobar_protocol::replica::LinkId;
+
+/// A connection between two regions. It has two sides: 0 is who dialled. Stream `n` leads away from side `n`.
+#[derive(Debug)]
+pub struct Connection {
+    pub pair: usize,
+    pub ends: [usize; 2],
+    pub links: [LinkId; 2],
+    /// Whether the side knows of the link and has not closed it.
+    pub open: [bool; 2],
+    pub streams: [Stream; 2],
+}
+
+#[derive(Debug, Default)]
+pub struct Stream {
+    /// As they travel: encoded.
+    pub frames: VecDeque<Bytes>,
+    /// When the frame that was sent last arrives.
+    pub arrives_at: u64,
+    /// Deliveries that were held up by a cut.
+    pub held_up: usize,
+}
+
+/// Two regions, and what is between them.
+#[derive(Debug)]
+pub struct Pair {
+    pub ends: [usize; 2],
+    /// Nothing gets through from that end to the other.
+    pub cut: [bool; 2],
+    /// A dial is scheduled.
+    pub dialling: bool,
+    pub connection: Option<usize>,
+    /// Frames that arrived lately at the other end, each with the life of the sender and that of the receiver.
+    pub remembered: [VecDeque<Remembered>; 2],
+}
+
+#[derive(Debug)]
+pub struct Remembered {
+    pub lives: [u64; 2],
+    pub frame: LinkFrame,
+}
+
+/// How many frames are remembered to be received again.
+pub const REMEMBERED_MAX: usize = 12;
+
+impl Pair {
+    pub fn new(ends: [usize; 2]) -> Self {
+        Self {
+            ends,
+            cut: [false; 2],
+            dialling: false,
+            connection: None,
+            remembered: [VecDeque::new(), VecDeque::new()],
+        }
+    }
+}

@@ -1,0 +1,405 @@
+//! The world: regions, the network and clients on one heap of events, in virtual time, out of one seed.
+
+use std::cmp::{Ordering, Reverse};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap};
+use std::sync::Arc;
+
+use isobar_protocol::ids::{ChangeHash, DocumentId, OriginId, PlacementGroup, RegionName, Seq};
+use isobar_protocol::replica::{LinkId, Moment, Replica};
+use uuid::Uuid;
+
+use crate::change_bytes::Made;
+use crate::client::Client;
+use crate::disk::{Disk, OriginRow};
+use crate::ledger::{Invariant, Ledger, Violation};
+use crate::network::{Connection, Pair};
+use crate::plan::{Plan, Planted};
+use crate::region::{Clock, Node, Region};
+use crate::rng::Rng;
+use crate::trace;
+
+/// How many events may pass between two looks at everything.
+const AUDIT_EVERY: u64 = 256;
+
+/// More events than any schedule needs: one that has so many goes round in circles.
+const EVENTS_MAX: u64 = 2_000_000;
+
+#[derive(Debug)]
+pub enum Event {
+    /// A node's timer; the second number is the node's life, here and below.
+    Tick(usize, u64),
+    Deliver {
+        connection: usize,
+        from: usize,
+    },
+    LinkUp {
+        connection: usize,
+        side: usize,
+    },
+    LinkDown {
+        connection: usize,
+        side: usize,
+    },
+    Dial(usize),
+    CommitDone(usize, u64),
+    LogRead {
+        region: usize,
+        life: u64,
+        link: LinkId,
+        origin: OriginId,
+        after: Seq,
+        bytes_max: usize,
+    },
+    PageRead {
+        region: usize,
+        life: u64,
+        link: LinkId,
+        after: Option<DocumentId>,
+        groups: BTreeSet<PlacementGroup>,
+    },
+    Turn(usize),
+    /// What a client sent arrives.
+    Offer {
+        client: usize,
+        region: usize,
+        life: u64,
+        document: DocumentId,
+        changes: Vec<Arc<Made>>,
+    },
+    Fault,
+    Heal {
+        pair: usize,
+        from: usize,
+    },
+    Start(usize),
+    Join,
+}
+
+#[derive(Debug)]
+struct Scheduled {
+    at: u64,
+    number: u64,
+    event: Event,
+}
+
+impl PartialEq for Scheduled {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other) == Ordering::Equal
+    }
+}
+impl Eq for Scheduled {}
+impl PartialOrd for Scheduled {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+impl Ord for Scheduled {
+    fn cmp(&self, other: &Self) -> Ordering {
+        (self.at, self.number).cmp(&(other.at, other.number))
+    }
+}
+
+/// How often what happened; to see that schedules reach what they are for.
+pub type Tally = BTreeMap<&'static str, u64>;
+
+pub struct World {
+    pub now: u64,
+    pub rng: Rng,
+    pub plan: Plan,
+    pub planted: Option<Planted>,
+    /// Faults are over.
+    pub calm: bool,
+    /// Every region has everything: no entry and no document may be sent.
+    pub silent: bool,
+    heap: BinaryHeap<Reverse<Scheduled>>,
+    scheduled: u64,
+    pub regions: Vec<Region>,
+    pub pairs: Vec<Pair>,
+    pub connections: Vec<Connection>,
+    pub clients: Vec<Client>,
+    pub documents: Vec<(DocumentId, PlacementGroup)>,
+    pub changes: HashMap<ChangeHash, Arc<Made>>,
+    pub writes_left: usize,
+    pub ledger: Ledger,
+    pub violation: Option<Violation>,
+    pub tally: Tally,
+    links: u64,
+}
+
+impl World {
+    pub fn new(seed: u64, planted: Option<Planted>) -> Self {
+        let mut rng = Rng::new(seed);
+        let plan = Plan::new(&mut rng);
+        trace::note(|| format!("seed {seed}: {plan:?}"));
+        let mut world = Self {
+            now: 0,
+            writes_left: plan.writes,
+            rng,
+            planted,
+            calm: false,
+            silent: false,
+            heap: BinaryHeap::new(),
+            scheduled: 0,
+            regions: Vec::new(),
+            pairs: Vec::new(),
+            connections: Vec::new(),
+            clients: Vec::new(),
+            documents: Vec::new(),
+            changes: HashMap::new(),
+            ledger: Ledger::default(),
+            violation: None,
+            tally: Tally::new(),
+            links: 0,
+            plan,
+        };
+        world.lay_out();
+        world
+    }
+
+    fn lay_out(&mut self) {
+        let [all, two] = ["all", "two"].map(|name| PlacementGroup::new(name).expect("a short name"));
+        for number in 0..self.plan.regions {
+            let mut groups = BTreeSet::from([all.clone()]);
+            if self.plan.two_groups && number < 2 {
+                groups.insert(two.clone());
+            }
+            let name = RegionName::new(&format!("r{number}")).expect("a short name");
+            let clock =
+                Clock { offset_ms: self.rng.range(0, 100_000), rate_permille: self.rng.range(950, 1050) };
+            self.regions.push(Region {
+                name,
+                groups,
+                joined: false,
+                disk: Disk::default(),
+                copies: Vec::new(),
+                node: None,
+                life: 0,
+                clock,
+                paused_until: 0,
+                effects_left: None,
+                deleted: BTreeSet::new(),
+            });
+            for other in 0..number {
+                let ends = if self.rng.chance(50) { [other, number] } else { [number, other] };
+                self.pairs.push(Pair::new(ends));
+            }
+            match self.plan.joins_at_ms {
+                Some(at) if number + 1 == self.plan.regions => self.after(at, Event::Join),
+                _ => {
+                    self.regions[number].joined = true;
+                    self.after(0, Event::Start(number));
+                }
+            }
+        }
+        for number in 0..self.plan.documents {
+            let group = if self.plan.two_groups && number % 2 == 1 { &two } else { &all };
+            let id = DocumentId::from_slice(&[b'd', number as u8]).expect("two bytes");
+            self.documents.push((id, group.clone()));
+        }
+        for number in 0..self.plan.clients {
+            let region = self.rng.below(self.plan.regions);
+            self.clients.push(Client { actor: number as u8 + 1, region, views: BTreeMap::new() });
+            self.after(self.plan.turn_every_ms, Event::Turn(number));
+        }
+        self.after(self.plan.fault_every_ms, Event::Fault);
+    }
+
+    pub fn count(&mut self, what: &'static str) {
+        *self.tally.entry(what).or_default() += 1;
+    }
+
+    /// The first violation counts.
+    pub fn violate(&mut self, invariant: Invariant, detail: impl FnOnce() -> String) {
+        if self.violation.is_none() {
+            let detail = detail();
+            trace::note(|| format!("VIOLATION {invariant:?}: {detail}"));
+            self.violation = Some(Violation { invariant, detail });
+        }
+    }
+
+    pub fn is_planted(&self, planted: Planted) -> bool {
+        self.planted == Some(planted)
+    }
+
+    pub fn after(&mut self, delay_ms: u64, event: Event) {
+        self.at(self.now + delay_ms, event);
+    }
+
+    pub fn at(&mut self, at: u64, event: Event) {
+        self.scheduled += 1;
+        self.heap.push(Reverse(Scheduled { at, number: self.scheduled, event }));
+    }
+
+    pub fn new_link(&mut self) -> LinkId {
+        self.links += 1;
+        LinkId(self.links)
+    }
+
+    pub fn group_of(&self, document: &DocumentId) -> PlacementGroup {
+        let found = self.documents.iter().find(|(id, _)| id == document);
+        found.expect("documents are made at the beginning").1.clone()
+    }
+
+    /// Runs events up to a moment, or the first violation.
+    pub fn run_until(&mut self, until: u64) {
+        while self.violation.is_none() {
+            match self.heap.peek() {
+                Some(Reverse(next)) if next.at <= until => {}
+                _ => break,
+            }
+            let Reverse(Scheduled { at, event, .. }) = self.heap.pop().expect("it was there a moment ago");
+            self.now = at;
+            self.count("events");
+            self.step(event);
+            let events = self.tally["events"];
+            if events.is_multiple_of(AUDIT_EVERY) {
+                self.audit();
+            }
+            if events > EVENTS_MAX {
+                self.violate(Invariant::Bounded, || "too many events".to_owned());
+            }
+        }
+        self.now = self.now.max(until);
+    }
+
+    fn step(&mut self, event: Event) {
+        if let Some(region) = self.concerned(&event)
+            && self.regions[region].paused_until > self.now
+        {
+            return self.at(self.regions[region].paused_until, event);
+        }
+        if !matches!(event, Event::Tick(..) | Event::Turn(_)) {
+            trace::note(|| format!("{} {event:?}", self.now));
+        }
+        match event {
+            Event::Tick(region, life) => {
+                if self.lives(region, life) {
+                    self.call(region, |replica, now| replica.tick(now));
+                    self.after(self.plan.tick_every_ms, Event::Tick(region, life));
+                }
+            }
+            Event::Deliver { connection, from } => self.deliver(connection, from),
+            Event::LinkUp { connection, side } => self.link_up(connection, side),
+            Event::LinkDown { connection, side } => self.link_down(connection, side),
+            Event::Dial(pair) => self.dial(pair),
+            Event::CommitDone(region, life) => {
+                if self.lives(region, life) {
+                    self.commit_done(region);
+                }
+            }
+            Event::LogRead { region, life, link, origin, after, bytes_max } => {
+                if self.lives(region, life) {
+                    self.log_read(region, link, origin, after, bytes_max);
+                }
+            }
+            Event::PageRead { region, life, link, after, groups } => {
+                if self.lives(region, life) {
+                    self.page_read(region, link, after, &groups);
+                }
+            }
+            Event::Turn(client) => self.turn(client),
+            Event::Offer { client, region, life, document, changes } => {
+                if self.lives(region, life) {
+                    self.offer(client, region, &document, &changes);
+                }
+            }
+            Event::Fault => self.fault(),
+            Event::Heal { pair, from } => self.heal(pair, from),
+            Event::Start(region) => self.start(region),
+            Event::Join => self.join(),
+        }
+    }
+
+    /// The region that an event happens in, if it stands still when the region does.
+    fn concerned(&self, event: &Event) -> Option<usize> {
+        match event {
+            Event::Tick(region, _)
+            | Event::CommitDone(region, _)
+            | Event::LogRead { region, .. }
+            | Event::PageRead { region, .. }
+            | Event::Offer { region, .. } => Some(*region),
+            Event::Deliver { connection, from } => Some(self.connections[*connection].ends[1 - from]),
+            Event::LinkUp { connection, side } | Event::LinkDown { connection, side } => {
+                Some(self.connections[*connection].ends[*side])
+            }
+            _ => None,
+        }
+    }
+
+    fn lives(&self, region: usize, life: u64) -> bool {
+        self.regions[region].node.is_some() && self.regions[region].life == life
+    }
+
+    /// Calls a region's replica, if there is one, and performs what it wants done.
+    pub fn call(&mut self, region: usize, call: impl FnOnce(&mut Replica, Moment)) {
+        let now = self.regions[region].clock.at(self.now);
+        let Some(node) = &mut self.regions[region].node else { return };
+        call(&mut node.replica, now);
+        node.effects.extend(node.replica.effects());
+        self.perform_effects(region);
+    }
+
+    /// Starts a node from what is on its disk, under new origins.
+    pub fn start(&mut self, at: usize) {
+        if self.regions[at].node.is_some() {
+            return;
+        }
+        self.count("starts");
+        if self.is_planted(Planted::LoseRun) {
+            self.lose_run(at);
+        }
+        let groups = self.regions[at].groups.clone();
+        let own: BTreeMap<PlacementGroup, OriginId> =
+            groups.iter().map(|group| (group.clone(), self.claim(at, group))).collect();
+        let region = &mut self.regions[at];
+        region.life += 1;
+        let life = region.life;
+        let origins = region.disk.vector();
+        let replica = Replica::new(region.name.clone(), groups, origins, own.values().copied().collect());
+        region.node = Some(Node::new(replica, own));
+        let reached: Vec<(OriginId, Seq)> =
+            region.disk.origins.iter().map(|(id, row)| (*id, row.seq)).collect();
+        reached.iter().for_each(|(origin, seq)| self.ledger.note_reached(at, *origin, *seq));
+        self.after(self.plan.tick_every_ms, Event::Tick(at, life));
+        for pair in 0..self.pairs.len() {
+            if self.pairs[pair].ends.contains(&at) {
+                self.dial_soon(pair);
+            }
+        }
+        self.audit();
+    }
+
+    /// Claims an origin for a group: a new one, whatever is there.
+    fn claim(&mut self, at: usize, group: &PlacementGroup) -> OriginId {
+        let keeps = self.is_planted(Planted::KeepOrigin);
+        let keeps_unwritten = self.is_planted(Planted::KeepUnwrittenOrigin);
+        let disk = &mut self.regions[at].disk;
+        if let Some(claimed) = disk.claimed.get(group)
+            && (keeps || keeps_unwritten && disk.origins[claimed].seq == Seq(0))
+        {
+            return *claimed;
+        }
+        let origin = OriginId(Uuid::from_u64_pair(self.rng.next(), self.rng.next()));
+        let row = OriginRow::new(self.regions[at].name.clone(), group.clone());
+        let disk = &mut self.regions[at].disk;
+        disk.claimed.insert(group.clone(), origin);
+        disk.origins.insert(origin, row);
+        origin
+    }
+
+    /// The last region joins, empty or with a copy of the first one's disk.
+    fn join(&mut self) {
+        let last = self.regions.len() - 1;
+        if self.regions[last].joined {
+            return;
+        }
+        self.count("joins");
+        self.regions[last].joined = true;
+        if self.plan.joins_with_copy && self.regions[0].groups == self.regions[last].groups {
+            self.count("joins with a copy");
+            self.regions[last].disk = self.regions[0].disk.clone();
+            self.regions[last].deleted = self.regions[0].deleted.clone();
+        }
+        self.start(last);
+    }
+}
