@@ -14,8 +14,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use bytes::Bytes;
-use isobar::storage::{self, ClaimedOrigin, DocumentAppend, Storage, StoredChange};
+use isobar::storage::{self, Batch, ClaimedOrigin, DocumentAppend, RunAppend, Storage, StoredChange, Writer};
 use isobar_protocol::ids::{ChangeHash, DocumentId, PlacementGroup, RegionName, Seq};
+use isobar_protocol::log::{self, Chain, Content, Entry};
 use isobar_testkit::{Durability, PostgresCluster};
 use sqlx::postgres::PgConnection;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqliteSynchronous};
@@ -53,7 +54,7 @@ impl Source {
         words.take(count).collect()
     }
 
-    fn batch(&mut self, size: usize) -> Vec<DocumentAppend> {
+    fn batch(&mut self, size: usize) -> Vec<(DocumentId, Vec<StoredChange>)> {
         let used = size.min(DOCUMENTS);
         let first = self.random() as usize;
         (0..used)
@@ -64,7 +65,7 @@ impl Source {
                     bytes: Bytes::from(self.random_bytes(CHANGE_BYTES)),
                 };
                 let changes = (0..count).map(change).collect();
-                DocumentAppend { document: self.documents[(first + place) % DOCUMENTS].clone(), changes }
+                (self.documents[(first + place) % DOCUMENTS].clone(), changes)
             })
             .collect()
     }
@@ -98,11 +99,11 @@ impl Bare {
         Ok(Self::Postgres(connection))
     }
 
-    async fn insert(&mut self, batch: &[DocumentAppend], rows: usize) -> Result<()> {
+    async fn insert(&mut self, batch: &[(DocumentId, Vec<StoredChange>)], rows: usize) -> Result<()> {
         let changes = || {
             batch
                 .iter()
-                .flat_map(|append| append.changes.iter().map(|change| (&append.document, &change.bytes)))
+                .flat_map(|(document, changes)| changes.iter().map(move |change| (document, &change.bytes)))
         };
         match self {
             Self::Sqlite(connection) => {
@@ -131,19 +132,45 @@ struct Appender {
     storage: Arc<dyn Storage>,
     origin: ClaimedOrigin,
     last: Seq,
+    chain: Chain,
 }
 
 impl Appender {
     async fn open(url: &str) -> Result<Self> {
         let storage = storage::open(url).await?;
         let (region, group) = (RegionName::new("here")?, PlacementGroup::new("everywhere")?);
-        let origin = storage.claim_origin(&region, &group, 0).await?;
-        let last = origin.last_seq;
-        Ok(Self { storage, origin, last })
+        let origin = storage.claim_origin(&region, &group, 0, false).await?;
+        let (last, chain) = (origin.last_seq, origin.chain);
+        Ok(Self { storage, origin, last, chain })
     }
 
-    async fn append(&mut self, batch: &[DocumentAppend]) -> Result<()> {
-        self.last = self.storage.append(&self.origin, Seq(self.last.0 + 1), batch).await?;
+    /// As the group commit does: packs the entries, moves the chain on, appends.
+    async fn append(&mut self, batch: &[(DocumentId, Vec<StoredChange>)]) -> Result<()> {
+        let first = Seq(self.last.0 + 1);
+        let (mut entries, mut changes, mut chain) = (Vec::new(), Vec::new(), self.chain);
+        for (document, stored) in batch {
+            let mut numbered = Vec::with_capacity(stored.len());
+            for change in stored {
+                let content = Content::Change { hash: change.hash, bytes: change.bytes.clone() };
+                chain = chain.after(document, &content);
+                self.last.0 += 1;
+                numbered.push((self.last, change.clone()));
+                entries.push(Entry { document: document.clone(), content });
+            }
+            let (document, group) = (document.clone(), self.origin.group.clone());
+            changes.push(DocumentAppend { document, group, origin: self.origin.id, changes: numbered });
+        }
+        let run = RunAppend {
+            origin: self.origin.id,
+            writer: Writer::Own { incarnation: self.origin.incarnation },
+            group: self.origin.group.clone(),
+            first,
+            last: self.last,
+            chain_before: std::mem::replace(&mut self.chain, chain),
+            chain,
+            body: log::encode_run(&entries).into(),
+        };
+        self.storage.append(&Batch { runs: vec![run], changes, deletions: Vec::new() }).await?;
         Ok(())
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use axum::Router;
-use isobar_protocol::ids::{OriginId, PeerId, PlacementGroup, RegionName};
+use isobar_protocol::ids::{PeerId, RegionName};
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -20,11 +20,13 @@ use crate::http::{self, CountingListener, Traffic};
 use crate::materialise::Materialiser;
 use crate::node::{Node, Sessions};
 use crate::outbox::Closing;
-use crate::storage::{self, Storage, StorageError};
+use crate::replication::{Parts, Replication};
+use crate::storage::{self, ClaimedOrigin, Storage, StorageError};
 use crate::telemetry::Metrics;
 
-/// The placement group of every document until groups can be configured: all regions.
-const DEFAULT_GROUP: &str = "default";
+mod regions;
+
+use regions::Regions;
 
 /// How often idle documents are looked for.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
@@ -36,6 +38,8 @@ const TRUNCATE_INTERVAL: Duration = Duration::from_secs(60);
 pub struct App {
     pub client_address: SocketAddr,
     pub admin_address: SocketAddr,
+    /// Where other regions reach this one, if they may.
+    pub peer_address: Option<SocketAddr>,
     pub node: Arc<Node>,
     connections: TaskTracker,
     stop_clients: CancellationToken,
@@ -56,10 +60,8 @@ impl App {
     /// As [`App::start`], on a storage that is open.
     pub async fn start_with(settings: Settings, storage: Arc<dyn Storage>) -> anyhow::Result<Self> {
         let region = RegionName::new(&settings.region)?;
-        let group = PlacementGroup::new(DEFAULT_GROUP)?;
         let storage_id = storage.region_identity(&region).await?;
-        let origin = storage.claim_origin(&region, &group, 0).await?;
-        tracing::info!(%region, origin = %origin.id.0, seq = origin.last_seq.0, "origin claimed");
+        let origins = claim_origins(&settings, &region, &*storage).await?;
 
         let metrics = Arc::new(Metrics::new());
         let (documents, compactor) = Documents::new(
@@ -70,10 +72,18 @@ impl App {
             settings.resident_bytes_max,
             settings.idle(),
         );
-        let origin_id = origin.id;
         let (committer, commits) =
-            Committer::new(storage.clone(), origin, documents.clone(), metrics.clone());
+            Committer::new(storage.clone(), origins, documents.clone(), metrics.clone());
         let peer_id = PeerId::new(&format!("isobar-{region}-{}", uuid::Uuid::new_v4().simple()))?;
+        let parts = Parts {
+            storage: storage.clone(),
+            documents: documents.clone(),
+            committer: committer.clone(),
+            metrics: metrics.clone(),
+            advertise: settings.advertise.clone(),
+        };
+        let stop_upkeep = CancellationToken::new();
+        let regions = Regions::start(&settings, &storage_id, parts, &stop_upkeep).await?;
         let clients = listen(settings.listen).await?;
         let admin = listen(settings.admin_listen).await?;
         let node = Arc::new(Node {
@@ -83,6 +93,7 @@ impl App {
             storage,
             documents,
             committer,
+            replication: regions.replication,
             sessions: Sessions::default(),
             metrics,
             draining: AtomicBool::new(false),
@@ -90,21 +101,25 @@ impl App {
         let connections = TaskTracker::new();
         let stop_clients = CancellationToken::new();
         let stop_admin = CancellationToken::new();
-        let stop_upkeep = CancellationToken::new();
         let client_routes = http::client_routes(node.clone(), connections.clone());
         let admin_routes = http::admin_routes(node.clone(), connections.clone());
+        let mut upkeep = vec![
+            tokio::spawn(cancellable(stop_upkeep.clone(), compactor.run())),
+            tokio::spawn(cancellable(stop_upkeep.clone(), sweep(node.clone()))),
+        ];
+        upkeep.extend(regions.tasks);
+        if node.replication.is_none() {
+            upkeep.push(tokio::spawn(cancellable(stop_upkeep.clone(), truncate(node.clone()))));
+        }
         Ok(Self {
+            peer_address: regions.address,
             client_address: clients.local_addr()?,
             admin_address: admin.local_addr()?,
             listeners: vec![
                 serve(clients, client_routes, stop_clients.clone()),
                 serve(admin, admin_routes, stop_admin.clone()),
             ],
-            upkeep: vec![
-                tokio::spawn(cancellable(stop_upkeep.clone(), compactor.run())),
-                tokio::spawn(cancellable(stop_upkeep.clone(), sweep(node.clone()))),
-                tokio::spawn(cancellable(stop_upkeep.clone(), truncate(node.clone(), origin_id))),
-            ],
+            upkeep,
             committer: tokio::spawn(commits),
             node,
             connections,
@@ -118,6 +133,9 @@ impl App {
     pub async fn run_until(mut self, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
         tokio::select! {
             () = stop => self.drain().await,
+            reason = failed(self.node.replication.as_ref()) => {
+                anyhow::bail!("{reason}; started again, the node takes a new log and fetches what it lost")
+            }
             failed = &mut self.committer => {
                 failed?.context("the storage failed, nothing more can be acknowledged")?;
                 anyhow::bail!("the committer stopped by itself")
@@ -169,6 +187,30 @@ async fn close_spread(node: &Node, spread: Duration) {
     }
 }
 
+/// Claims a log for each group whose documents this region holds. A node that has to do with other regions takes new ones.
+async fn claim_origins(
+    settings: &Settings,
+    region: &RegionName,
+    storage: &dyn Storage,
+) -> anyhow::Result<Vec<ClaimedOrigin>> {
+    let anew = settings.peer_listener().is_some();
+    let mut origins = Vec::new();
+    for group in settings.groups.of(region) {
+        let origin = storage.claim_origin(region, &group, 0, anew).await?;
+        tracing::info!(%region, %group, origin = %origin.id.0, seq = origin.last_seq.0, "origin claimed");
+        origins.push(origin);
+    }
+    Ok(origins)
+}
+
+/// Resolves when replication finds that this node must not write any more.
+async fn failed(replication: Option<&Replication>) -> String {
+    match replication {
+        Some(replication) => replication.failed().await,
+        None => std::future::pending().await,
+    }
+}
+
 async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
     TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))
 }
@@ -198,14 +240,17 @@ async fn sweep(node: Arc<Node>) {
 }
 
 /// Gives up log entries that no region needs any more. A single region has nobody to send them to.
-async fn truncate(node: Arc<Node>, origin: OriginId) {
+async fn truncate(node: Arc<Node>) {
     let mut ticks = tokio::time::interval(TRUNCATE_INTERVAL);
+    let progress = node.committer.progress();
     loop {
         ticks.tick().await;
-        let up_to = node.committer.durable_seq();
-        match node.storage.truncate_log(origin, up_to).await {
-            Ok(()) => node.metrics.log_truncated_seq.set(up_to.0 as f64),
-            Err(error) => tracing::warn!(%error, "log not truncated"),
+        let logs = progress.borrow().clone();
+        for log in logs {
+            match node.storage.truncate_log(log.origin, log.seq, Duration::ZERO).await {
+                Ok(()) => node.metrics.log_truncated_seq.set(log.seq.0 as f64),
+                Err(error) => tracing::warn!(%error, "log not truncated"),
+            }
         }
     }
 }

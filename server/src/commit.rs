@@ -1,45 +1,49 @@
 //! The only way into the log: many documents' changes, one transaction at a time.
 //!
-//! Whoever has staged changes in a document's graph submits them here. While one batch commits, the next gathers:
-//! under load batches grow, and an idle server commits a single change at once. Batches are committed in the order of
-//! submission, so a document's changes become durable in the order of their positions.
+//! Whoever has staged changes in a document's graph submits them here; runs that came from other regions, and deletions,
+//! stand in the same queue. While one batch commits, the next gathers: under load batches grow, and an idle server
+//! commits a single change at once. Batches are committed in the order of submission, so a document's changes become
+//! durable in the order of their positions, and whatever was submitted before a run is durable no later than the run.
 //!
 //! A batch is all or nothing. A passing failure is retried, the same batch, until it succeeds; clients see a slow
 //! acknowledgement. A fatal failure ends the process: nothing that is not stored was ever acknowledged, and clients
-//! still have what they sent.
+//! still have what they sent. A received run that another node of the region stored first is taken out of its batch,
+//! and the rest is committed.
+//!
+//! Changes of this node's clients are logged under the node's own origin for the document's placement group. Changes that
+//! another origin's log already names are stored without being logged again, under keys that no other append uses: an origin
+//! made up for this process, and a counter. Their own (origin, seq) would not do: when a run is applied a second time, after a
+//! crash or by a sibling node, other parts of it may be known already, and the same key would stand for other contents.
 //!
 //! # Bounds
 //!
 //! A submission holds [`Permit`]s for its bytes, of this committer and of the session it came from. When either is
-//! used up, the session stops reading from its socket: a flood waits at its own door first.
+//! used up, the session stops reading from its socket: a flood waits at its own door first. A received run holds one
+//! of this committer.
 
-use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use isobar_protocol::ids::{DocumentId, Seq};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use isobar_protocol::ids::{DocumentId, OriginId, PlacementGroup, Seq};
+use isobar_protocol::log::Chain;
+use isobar_protocol::replica::Stored;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
 use crate::documents::{Document, Documents};
-use crate::storage::{ClaimedOrigin, DocumentAppend, Storage, StorageError, StoredChange};
+use crate::recent_log::RecentLog;
+use crate::storage::{ClaimedOrigin, Deletion, RunAppend, Storage, StorageError, StoredChange};
 use crate::telemetry::Metrics;
 
-/// Changes in one batch at most: a transaction of this size takes some 50 ms, which is what a single keystroke may
-/// have to wait behind it.
-const BATCH_CHANGES_MAX: usize = 4_096;
+mod batch;
+mod worker;
 
-/// Bytes in one batch at most, for the same reason. A single larger submission is a batch of its own.
-const BATCH_BYTES_MAX: usize = 8 << 20;
+use worker::Worker;
 
-/// Bytes that may wait for their commit, over all sessions.
+/// Bytes that may wait for their commit, over all sessions and links.
 const QUEUED_BYTES_MAX: usize = 64 << 20;
 
 /// What a change occupies in the queue beside its bytes.
 const CHANGE_OVERHEAD_BYTES: usize = 128;
-
-const RETRY_FIRST: Duration = Duration::from_millis(20);
-const RETRY_LAST: Duration = Duration::from_secs(2);
 
 /// Room in a queue of bytes. Dropped when the changes are durable.
 pub type Permit = OwnedSemaphorePermit;
@@ -68,61 +72,142 @@ impl ByteBudget {
     }
 }
 
+/// Who logs a change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Logged {
+    /// It is this node's to log.
+    Own,
+    /// Another origin's log names it; it is only to be stored.
+    Elsewhere,
+    /// It is stored already; only its position is to become durable, in its turn.
+    Stored,
+}
+
+/// A change with a position in its document's graph.
+#[derive(Debug, Clone)]
+pub struct Staged {
+    pub change: StoredChange,
+    pub logged: Logged,
+}
+
 /// Staged changes of one document, up to the position `end`.
 pub struct Submission {
     pub document: Arc<Document>,
-    pub changes: Vec<StoredChange>,
+    /// Where the document lives.
+    pub group: PlacementGroup,
+    pub changes: Vec<Staged>,
     pub end: u64,
     /// Room in the queues for the message that this is a part of, given back when all of its parts are durable.
-    pub permits: Arc<[Permit; 2]>,
+    pub permits: Arc<[Permit]>,
 }
+
+/// Changes of a document that no graph in memory has a position for.
+#[derive(Debug, Clone)]
+pub struct Cold {
+    pub document: DocumentId,
+    pub group: PlacementGroup,
+    /// Never empty.
+    pub changes: Vec<StoredChange>,
+}
+
+/// What came from another region, as far as it is not staged in a graph.
+pub struct Received {
+    /// The run of log entries it came with; none if it came as a document's contents.
+    pub run: Option<RunAppend>,
+    pub cold: Vec<Cold>,
+    pub deletions: Vec<Deletion>,
+    pub permits: Arc<[Permit]>,
+    pub done: oneshot::Sender<Stored>,
+}
+
+/// A deletion that is to be logged by this node.
+struct LocalDeletion {
+    deletion: Deletion,
+    done: oneshot::Sender<()>,
+}
+
+/// What stands in the queue.
+enum Item {
+    Changes(Submission),
+    Received(Received),
+    Deletion(LocalDeletion),
+}
+
+/// How far one of this node's own origins is durable.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OwnProgress {
+    pub origin: OriginId,
+    pub group: PlacementGroup,
+    pub seq: Seq,
+    pub chain: Chain,
+}
+
+/// The committer has failed and the process is ending; what was submitted may or may not be stored.
+#[derive(Debug, thiserror::Error)]
+#[error("the committer has stopped")]
+pub struct Stopped;
 
 /// A handle for submitting. Cheap to clone; when the last is dropped, the committer finishes and stops.
 #[derive(Clone)]
 pub struct Committer {
-    queue: mpsc::UnboundedSender<Submission>,
+    queue: mpsc::UnboundedSender<Item>,
     budget: ByteBudget,
-    durable_seq: Arc<AtomicU64>,
+    progress: watch::Receiver<Vec<OwnProgress>>,
+    recent: Arc<RecentLog>,
 }
 
 impl Committer {
-    /// A committer that writes under `origin`, and the task that does the work. The task ends with an error that is
-    /// fatal to the process, or without one when every handle is gone and everything submitted is durable.
+    /// A committer that writes under `origins`, one for each placement group, and the task that does the work. The task
+    /// ends with an error that is fatal to the process, or without one when every handle is gone and everything submitted is
+    /// durable.
     pub fn new(
         storage: Arc<dyn Storage>,
-        origin: ClaimedOrigin,
+        origins: Vec<ClaimedOrigin>,
         documents: Arc<Documents>,
         metrics: Arc<Metrics>,
     ) -> (Self, impl Future<Output = Result<(), StorageError>> + Send) {
-        // Bounded by the budget: each submission holds permits for its bytes.
-        let (queue, submissions) = mpsc::unbounded_channel();
+        // Bounded by the budget: each submission and each received run holds permits for its bytes, deletions excepted,
+        // which are operators' and wait for their answers.
+        let (queue, items) = mpsc::unbounded_channel();
         let budget = ByteBudget::new(QUEUED_BYTES_MAX);
-        let next_seq = Seq(origin.last_seq.0 + 1);
-        let durable_seq = Arc::new(AtomicU64::new(origin.last_seq.0));
-        let worker = Worker {
-            next_seq,
-            durable_seq: durable_seq.clone(),
-            storage,
-            origin,
-            submissions,
-            documents,
-            metrics,
-        };
-        (Self { queue, budget, durable_seq }, worker.run())
+        let recent = Arc::new(RecentLog::default());
+        let (worker, progress) = Worker::new(storage, origins, items, documents, recent.clone(), metrics);
+        (Self { queue, budget, progress, recent }, worker.run())
     }
 
     /// Waits for room for a submission of so many bytes.
-    pub async fn reserve(&self, session: &ByteBudget, bytes: usize) -> [Permit; 2] {
+    pub async fn reserve(&self, session: &ByteBudget, bytes: usize) -> Arc<[Permit]> {
         let bytes = bytes + CHANGE_OVERHEAD_BYTES;
         // The session's own budget first: whoever has used it up does not hold any of the common one.
         let own = session.acquire(bytes).await;
-        [own, self.budget.acquire(bytes).await]
+        Arc::new([own, self.budget.acquire(bytes).await])
+    }
+
+    /// Waits for room for what came from another region.
+    pub async fn reserve_received(&self, bytes: usize) -> Arc<[Permit]> {
+        Arc::new([self.budget.acquire(bytes + CHANGE_OVERHEAD_BYTES).await])
     }
 
     /// Queues staged changes. Call it under the lock under which they were staged, so that a document's submissions
     /// stand in the order of its positions.
     pub fn submit(&self, submission: Submission) {
-        if self.queue.send(submission).is_err() {
+        self.send(Item::Changes(submission));
+    }
+
+    /// Queues what came from another region. Runs of one origin are to be queued in the order of their seqs.
+    pub fn receive(&self, received: Received) {
+        self.send(Item::Received(received));
+    }
+
+    /// Logs a deletion, and returns when it is durable.
+    pub async fn delete(&self, deletion: Deletion) -> Result<(), Stopped> {
+        let (done, deleted) = oneshot::channel();
+        self.send(Item::Deletion(LocalDeletion { deletion, done }));
+        deleted.await.map_err(|_| Stopped)
+    }
+
+    fn send(&self, item: Item) {
+        if self.queue.send(item).is_err() {
             // The committer has failed and the process is ending; nobody will be told that this is durable.
             tracing::debug!("submission after the committer stopped");
         }
@@ -135,119 +220,17 @@ impl Committer {
         }
     }
 
-    /// The last seq that has been committed.
-    pub fn durable_seq(&self) -> Seq {
-        Seq(self.durable_seq.load(Ordering::Acquire))
+    /// How far this node's own origins are durable, now and whenever it changes.
+    pub fn progress(&self) -> watch::Receiver<Vec<OwnProgress>> {
+        self.progress.clone()
+    }
+
+    /// The newest runs of every origin that were stored by this node.
+    pub fn recent_log(&self) -> &Arc<RecentLog> {
+        &self.recent
     }
 
     pub fn queued_bytes(&self) -> usize {
         self.budget.used_bytes()
     }
-}
-
-struct Worker {
-    storage: Arc<dyn Storage>,
-    origin: ClaimedOrigin,
-    next_seq: Seq,
-    durable_seq: Arc<AtomicU64>,
-    submissions: mpsc::UnboundedReceiver<Submission>,
-    documents: Arc<Documents>,
-    metrics: Arc<Metrics>,
-}
-
-impl Worker {
-    async fn run(mut self) -> Result<(), StorageError> {
-        let mut waiting = None;
-        loop {
-            let first = match waiting.take() {
-                Some(submission) => submission,
-                None => match self.submissions.recv().await {
-                    Some(submission) => submission,
-                    None => return Ok(()),
-                },
-            };
-            let batch = self.gather(first, &mut waiting);
-            self.commit(batch).await?;
-        }
-    }
-
-    /// Takes what has been submitted meanwhile, as far as it fits. What does not fit is the next batch's first.
-    fn gather(&mut self, first: Submission, waiting: &mut Option<Submission>) -> Vec<Submission> {
-        let mut changes = first.changes.len();
-        let mut bytes = submission_bytes(&first);
-        let mut batch = vec![first];
-        while let Ok(submission) = self.submissions.try_recv() {
-            changes += submission.changes.len();
-            bytes += submission_bytes(&submission);
-            if changes > BATCH_CHANGES_MAX || bytes > BATCH_BYTES_MAX {
-                *waiting = Some(submission);
-                break;
-            }
-            batch.push(submission);
-        }
-        batch
-    }
-
-    async fn commit(&mut self, mut batch: Vec<Submission>) -> Result<(), StorageError> {
-        let appends = by_document(&mut batch);
-        let changes: usize = appends.iter().map(|append| append.changes.len()).sum();
-        let started = std::time::Instant::now();
-        let last_seq = self.append(&appends).await?;
-        assert_eq!(last_seq.0, self.next_seq.0 + changes as u64 - 1, "the log is dense");
-        self.next_seq = Seq(last_seq.0 + 1);
-        self.durable_seq.store(last_seq.0, Ordering::Release);
-        self.metrics.committed(changes, started.elapsed());
-        for submission in batch {
-            if submission.document.committed(submission.end) {
-                self.documents.request_base(submission.document);
-            }
-        }
-        Ok(())
-    }
-
-    async fn append(&self, appends: &[DocumentAppend]) -> Result<Seq, StorageError> {
-        let mut pause = RETRY_FIRST;
-        let mut failed = false;
-        loop {
-            match self.storage.append(&self.origin, self.next_seq, appends).await {
-                Err(StorageError::Transient(error)) => {
-                    if !failed {
-                        tracing::warn!(%error, "storage unavailable, commits wait");
-                    }
-                    failed = true;
-                    self.metrics.commit_retries.increment(1);
-                }
-                result => {
-                    if failed && result.is_ok() {
-                        tracing::info!("storage available again");
-                    }
-                    return result;
-                }
-            }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(RETRY_LAST);
-        }
-    }
-}
-
-fn submission_bytes(submission: &Submission) -> usize {
-    submission.changes.iter().map(|change| change.bytes.len()).sum()
-}
-
-/// Takes the changes out of the submissions and puts those of one document together, in order.
-fn by_document(batch: &mut [Submission]) -> Vec<DocumentAppend> {
-    let mut appends: Vec<DocumentAppend> = Vec::with_capacity(batch.len());
-    let mut places: HashMap<DocumentId, usize> = HashMap::with_capacity(batch.len());
-    for submission in batch {
-        let changes = std::mem::take(&mut submission.changes);
-        let document = submission.document.id();
-        match places.get(document) {
-            Some(place) => appends[*place].changes.extend(changes),
-            None => {
-                places.insert(document.clone(), appends.len());
-                appends.push(DocumentAppend { document: document.clone(), changes });
-            }
-        }
-    }
-    appends
 }

@@ -1,19 +1,33 @@
 //! What an operator sets, and from where: flags over `ISOBAR_*` environment over a TOML file over defaults.
 //!
 //! The defaults serve one region on loopback, on an embedded database, open to local use. Any other address is refused
-//! until access is controlled or the operator says `--insecure`.
+//! until access is controlled or the operator says `--insecure`; other regions are spoken to with a cluster key only.
+//! The key comes from a file of its own or from the environment, never from the configuration file.
 
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::Args;
+use config::builder::{ConfigBuilder, DefaultState};
 use isobar_protocol::config::Limits;
 use isobar_protocol::ids::RegionName;
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 
+pub use crate::config::cluster::{ClusterKey, Groups, PeerAddress};
+use crate::config::cluster::{PEERS_MAX, check_client_url, check_name};
 use crate::telemetry::LogFormat;
+
+pub mod cluster;
+
+/// Where other regions reach this one, unless it is said otherwise.
+const PEER_LISTEN_DEFAULT: SocketAddr =
+    SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 4401);
+
+/// The variable that holds the regions' shared secret.
+const CLUSTER_KEY_VARIABLE: &str = "ISOBAR_CLUSTER_KEY";
 
 /// The flags of `isobar serve`. Every one may also be set as `ISOBAR_<NAME>` in the environment or as `<name>` in
 /// the configuration file.
@@ -39,9 +53,32 @@ pub struct ServeArgs {
     #[arg(long, value_name = "ADDRESS")]
     pub admin_listen: Option<SocketAddr>,
 
-    /// Serve on addresses other than loopback although anybody who reaches them may read and write.
+    /// Serve clients and operators on addresses other than loopback although anybody who reaches them may read and write.
     #[arg(long)]
     pub insecure: bool,
+
+    /// Another region to exchange changes with; give it once for each: ws://HOST:PORT, or dns://NAME:PORT
+    /// for every address of a DNS name. Needs a cluster key
+    #[arg(long = "peer", value_name = "URL")]
+    pub peers: Vec<String>,
+
+    /// Address for other regions; opened if there are peers, or if it is given. Needs a cluster key
+    /// [default: 127.0.0.1:4401]
+    #[arg(long, value_name = "ADDRESS")]
+    pub peer_listen: Option<SocketAddr>,
+
+    /// Where clients reach this region, as clients of other regions are told: ws://HOST:PORT or wss://HOST
+    #[arg(long, value_name = "URL")]
+    pub advertise: Option<String>,
+
+    /// Name of the cluster; regions of another cluster are refused, even with the same key [default: isobar]
+    #[arg(long, value_name = "NAME")]
+    pub cluster_id: Option<String>,
+
+    /// File with the secret that all regions of the cluster share, at least 32 bytes, made for instance with
+    /// "openssl rand -base64 48". The variable ISOBAR_CLUSTER_KEY may hold the secret itself instead
+    #[arg(long, value_name = "FILE")]
+    pub cluster_key_file: Option<PathBuf>,
 
     /// What to log to standard error, such as "info" or "warn,isobar=debug" [default: info]
     #[arg(long, value_name = "FILTER")]
@@ -63,6 +100,21 @@ pub struct Settings {
     pub insecure: bool,
     pub log: String,
     pub log_format: LogFormat,
+    /// As it was given; [`Settings::peer_listener`] says what follows.
+    pub peer_listen: Option<SocketAddr>,
+    #[serde(deserialize_with = "peers_but_empty_ones")]
+    pub peers: Vec<PeerAddress>,
+    /// Where clients reach this region, as clients of other regions are told.
+    pub advertise: Option<String>,
+    /// Keeps one set of regions from talking to another, such as staging to production.
+    pub cluster_id: String,
+    /// Where the key was to be read from; it is in `cluster_key` then.
+    pub cluster_key_file: Option<PathBuf>,
+    #[serde(skip)]
+    pub cluster_key: Option<ClusterKey>,
+    pub groups: Groups,
+    /// How long log entries are kept after every region has acknowledged them.
+    pub log_keep_hours: u64,
     /// Open client connections at most. Each costs a file descriptor and about 20 KiB.
     pub connections_max: usize,
     /// Documents that one connection may have open.
@@ -83,76 +135,44 @@ pub struct Settings {
     pub drain_seconds: u64,
 }
 
+impl Default for Settings {
+    /// What is in force when nothing is set; neither the environment nor a file is looked at.
+    fn default() -> Self {
+        let defaults = defaults().and_then(|builder| builder.build()).and_then(|it| it.try_deserialize());
+        defaults.expect("the defaults are valid settings")
+    }
+}
+
 impl Settings {
     /// Combines flags, environment, file and defaults, and refuses what is unsafe or contradictory.
     pub fn load(args: &ServeArgs) -> anyhow::Result<Self> {
-        let limits = Limits::default();
-        let mut builder = config::Config::builder()
-            .set_default("region", "local")?
-            .set_default("database", "sqlite:isobar-data/isobar.db")?
-            .set_default("listen", "127.0.0.1:4400")?
-            .set_default("admin_listen", "127.0.0.1:4402")?
-            .set_default("insecure", false)?
-            .set_default("log", "info")?
-            .set_default("log_format", "text")?
-            .set_default("connections_max", 50_000)?
-            .set_default("connection_documents_max", 10_000)?
-            .set_default("frame_bytes_max", limits.frame_bytes_max as u64)?
-            .set_default("change_bytes_max", limits.change_bytes_max as u64)?
-            .set_default("change_ops_max", limits.change_ops_max)?
-            .set_default("resident_bytes_max", 512 << 20)?
-            .set_default("idle_seconds", 30)?
-            .set_default("ping_seconds", 20)?
-            .set_default("drain_seconds", 10)?;
+        let mut builder = defaults()?;
         if let Some(path) = &args.config {
             builder = builder.add_source(config::File::from(path.as_path()).format(config::FileFormat::Toml));
         }
-        let environment: std::collections::HashMap<String, String> =
-            std::env::vars().filter(|(name, _)| Self::is_setting(name)).collect();
-        let settings: Self = builder
-            .add_source(
-                config::Environment::with_prefix("ISOBAR").try_parsing(true).source(Some(environment)),
-            )
-            .set_override_option("region", args.region.clone())?
-            .set_override_option("database", args.database.clone())?
-            .set_override_option("listen", args.listen.map(|it| it.to_string()))?
-            .set_override_option("admin_listen", args.admin_listen.map(|it| it.to_string()))?
-            .set_override_option("insecure", args.insecure.then_some(true))?
-            .set_override_option("log", args.log.clone())?
-            .set_override_option("log_format", args.log_format.clone())?
+        let environment = config::Environment::with_prefix("ISOBAR")
+            .try_parsing(true)
+            .list_separator(",")
+            .with_list_parse_key("peers")
+            .source(Some(settings_in_environment()?));
+        let combined = with_flags(builder.add_source(environment), args)?
             .build()
-            .context("the configuration cannot be read")?
-            .try_deserialize()
-            .context("the configuration is not valid")?;
+            .context("the configuration cannot be read")?;
+        if combined.get::<config::Value>("cluster_key").is_ok() {
+            bail!(
+                "cluster_key does not belong into the configuration file: write the key into a file of its own and \
+                 name it with cluster_key_file, or set {CLUSTER_KEY_VARIABLE}"
+            );
+        }
+        let mut settings: Self = combined.try_deserialize().context("the configuration is not valid")?;
         settings.check()?;
+        settings.cluster_key = settings.read_cluster_key(args)?;
+        settings.check_cluster()?;
         Ok(settings)
     }
 
-    /// Variables of this prefix that are settings; `ISOBAR_CONFIG` names the file, and tests have names of their own.
-    fn is_setting(name: &str) -> bool {
-        const NAMES: [&str; 16] = [
-            "REGION",
-            "DATABASE",
-            "LISTEN",
-            "ADMIN_LISTEN",
-            "INSECURE",
-            "LOG",
-            "LOG_FORMAT",
-            "CONNECTIONS_MAX",
-            "CONNECTION_DOCUMENTS_MAX",
-            "FRAME_BYTES_MAX",
-            "CHANGE_BYTES_MAX",
-            "CHANGE_OPS_MAX",
-            "RESIDENT_BYTES_MAX",
-            "IDLE_SECONDS",
-            "PING_SECONDS",
-            "DRAIN_SECONDS",
-        ];
-        name.strip_prefix("ISOBAR_").is_some_and(|rest| NAMES.contains(&rest))
-    }
-
     fn check(&self) -> anyhow::Result<()> {
-        RegionName::new(&self.region).context("the region's name")?;
+        check_name(&self.region).context("the region's name")?;
         for (name, address) in [("listen", self.listen), ("admin_listen", self.admin_listen)] {
             if !address.ip().is_loopback() && !self.insecure {
                 bail!(
@@ -171,6 +191,54 @@ impl Settings {
             bail!("frame_bytes_max is below 65536: ordinary clients could not synchronise");
         }
         Ok(())
+    }
+
+    /// The key from where the strongest setting says it is: the flag, the environment, the file.
+    fn read_cluster_key(&self, args: &ServeArgs) -> anyhow::Result<Option<ClusterKey>> {
+        if args.cluster_key_file.is_none()
+            && let Some(key) = std::env::var_os(CLUSTER_KEY_VARIABLE)
+        {
+            if std::env::var_os("ISOBAR_CLUSTER_KEY_FILE").is_some() {
+                bail!("{CLUSTER_KEY_VARIABLE} and ISOBAR_CLUSTER_KEY_FILE are both set: which one is meant?");
+            }
+            return ClusterKey::new(key.as_encoded_bytes()).context(CLUSTER_KEY_VARIABLE).map(Some);
+        }
+        let path = args.cluster_key_file.as_deref().or(self.cluster_key_file.as_deref());
+        path.map(ClusterKey::from_file).transpose()
+    }
+
+    fn check_cluster(&self) -> anyhow::Result<()> {
+        check_name(&self.cluster_id).context("cluster_id")?;
+        if let Some(url) = &self.advertise {
+            check_client_url(url).context("advertise")?;
+        }
+        if self.peers.len() > PEERS_MAX {
+            bail!("there are {} peers, allowed are {PEERS_MAX}", self.peers.len());
+        }
+        if self.cluster_key.is_some() {
+            return Ok(());
+        }
+        const SET_IT: &str = "Name a file that holds it with --cluster-key-file, or set ISOBAR_CLUSTER_KEY: the same \
+                              secret of at least 32 bytes in every region.";
+        if let Some(peer) = self.peers.first() {
+            bail!(
+                "peer {peer} is configured, but no cluster key, which regions prove themselves with. {SET_IT}"
+            );
+        }
+        if let Some(address) = self.peer_listen {
+            bail!("peer_listen = {address} is for other regions, but there is no cluster key. {SET_IT}");
+        }
+        Ok(())
+    }
+
+    /// Where to listen for other regions: nowhere, if there are none and nobody asked for it.
+    pub fn peer_listener(&self) -> Option<SocketAddr> {
+        self.peer_listen.or((!self.peers.is_empty()).then_some(PEER_LISTEN_DEFAULT))
+    }
+
+    /// The name of this region.
+    pub fn region_name(&self) -> anyhow::Result<RegionName> {
+        RegionName::new(&self.region).context("the region's name")
     }
 
     pub fn limits(&self) -> Limits {
@@ -193,4 +261,98 @@ impl Settings {
     pub fn drain(&self) -> Duration {
         Duration::from_secs(self.drain_seconds)
     }
+
+    pub fn log_keep(&self) -> Duration {
+        Duration::from_secs(self.log_keep_hours.saturating_mul(3600))
+    }
+}
+
+type Builder = ConfigBuilder<DefaultState>;
+
+/// Every setting that has a default.
+fn defaults() -> Result<Builder, config::ConfigError> {
+    let limits = Limits::default();
+    config::Config::builder()
+        .set_default("region", "local")?
+        .set_default("database", "sqlite:isobar-data/isobar.db")?
+        .set_default("listen", "127.0.0.1:4400")?
+        .set_default("admin_listen", "127.0.0.1:4402")?
+        .set_default("insecure", false)?
+        .set_default("log", "info")?
+        .set_default("log_format", "text")?
+        .set_default("peers", Vec::<String>::new())?
+        .set_default("cluster_id", "isobar")?
+        .set_default("groups", config::Map::<String, config::Value>::new())?
+        .set_default("log_keep_hours", 24)?
+        .set_default("connections_max", 50_000)?
+        .set_default("connection_documents_max", 10_000)?
+        .set_default("frame_bytes_max", limits.frame_bytes_max as u64)?
+        .set_default("change_bytes_max", limits.change_bytes_max as u64)?
+        .set_default("change_ops_max", limits.change_ops_max)?
+        .set_default("resident_bytes_max", 512 << 20)?
+        .set_default("idle_seconds", 30)?
+        .set_default("ping_seconds", 20)?
+        .set_default("drain_seconds", 10)
+}
+
+fn with_flags(builder: Builder, args: &ServeArgs) -> Result<Builder, config::ConfigError> {
+    let key_file = args.cluster_key_file.as_ref().map(|path| path.to_string_lossy().into_owned());
+    builder
+        .set_override_option("region", args.region.clone())?
+        .set_override_option("database", args.database.clone())?
+        .set_override_option("listen", args.listen.map(|it| it.to_string()))?
+        .set_override_option("admin_listen", args.admin_listen.map(|it| it.to_string()))?
+        .set_override_option("insecure", args.insecure.then_some(true))?
+        .set_override_option("peers", (!args.peers.is_empty()).then(|| args.peers.clone()))?
+        .set_override_option("peer_listen", args.peer_listen.map(|it| it.to_string()))?
+        .set_override_option("advertise", args.advertise.clone())?
+        .set_override_option("cluster_id", args.cluster_id.clone())?
+        .set_override_option("cluster_key_file", key_file)?
+        .set_override_option("log", args.log.clone())?
+        .set_override_option("log_format", args.log_format.clone())
+}
+
+/// The variables of our prefix that are settings. `ISOBAR_CONFIG` names the file, `ISOBAR_CLUSTER_KEY` is a secret that
+/// must not appear in messages about settings, and tests have names of their own.
+fn settings_in_environment() -> anyhow::Result<HashMap<String, String>> {
+    const NAMES: [&str; 22] = [
+        "REGION",
+        "DATABASE",
+        "LISTEN",
+        "ADMIN_LISTEN",
+        "INSECURE",
+        "LOG",
+        "LOG_FORMAT",
+        "PEERS",
+        "PEER_LISTEN",
+        "ADVERTISE",
+        "CLUSTER_ID",
+        "CLUSTER_KEY_FILE",
+        "LOG_KEEP_HOURS",
+        "CONNECTIONS_MAX",
+        "CONNECTION_DOCUMENTS_MAX",
+        "FRAME_BYTES_MAX",
+        "CHANGE_BYTES_MAX",
+        "CHANGE_OPS_MAX",
+        "RESIDENT_BYTES_MAX",
+        "IDLE_SECONDS",
+        "PING_SECONDS",
+        "DRAIN_SECONDS",
+    ];
+    let mut set = HashMap::new();
+    for name in NAMES.map(|name| format!("ISOBAR_{name}")) {
+        match std::env::var(&name) {
+            Ok(value) => drop(set.insert(name, value)),
+            Err(std::env::VarError::NotPresent) => {}
+            Err(std::env::VarError::NotUnicode(_)) => bail!("{name} is not text"),
+        }
+    }
+    Ok(set)
+}
+
+/// A list that was written with commas may have nothing between them.
+fn peers_but_empty_ones<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<PeerAddress>, D::Error> {
+    let written = Vec::<String>::deserialize(deserializer)?;
+    let peers = written.iter().filter(|it| !it.trim().is_empty()).map(|it| PeerAddress::parse(it));
+    peers.collect::<anyhow::Result<_>>().map_err(serde::de::Error::custom)
 }

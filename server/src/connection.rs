@@ -9,15 +9,17 @@
 
 use std::collections::HashMap;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::extract::ws::{CloseFrame, Message, WebSocket, close_code};
 use futures_util::{Sink, Stream};
-use isobar_protocol::ids::{ChangeHash, DocumentId, PeerId};
+use isobar_protocol::ids::{ChangeHash, DocumentId, PeerId, PlacementGroup};
 use isobar_protocol::session::SyncSession;
-use isobar_protocol::wire::{self, ClientFrame, EXTRA_GATHERED_ANSWERS, PROTOCOL_VERSION, PeerMetadata};
+use isobar_protocol::wire::{
+    self, ClientFrame, EXTRA_ELSEWHERE, EXTRA_GATHERED_ANSWERS, PROTOCOL_VERSION, PeerMetadata,
+};
 use tokio::time::{Instant, Sleep};
 
 use crate::commit::ByteBudget;
@@ -109,6 +111,18 @@ struct Subscription {
     dirty: bool,
     /// The heads that were last reported to a client that watches this region's storage.
     reported: Vec<ChangeHash>,
+    search: Search,
+}
+
+/// Whether a document that is not here was looked for in the other regions.
+#[derive(Default)]
+enum Search {
+    #[default]
+    NotYet,
+    /// Set when it is over, to the addresses of regions that have the document and may not send it; the subscription
+    /// is marked then.
+    Running(Arc<OnceLock<Vec<String>>>),
+    Over,
 }
 
 impl Drop for Subscription {
@@ -134,6 +148,10 @@ pub struct Connection {
     watched: Watched,
     /// The client answers messages one by one, so unanswered ones tell how far it is behind.
     answers_each: bool,
+    /// The client is to be told where a document is that this region may not hold.
+    hears_elsewhere: bool,
+    /// The placement group of the documents that the client creates.
+    group: PlacementGroup,
     ephemerals: TokenBucket,
     flushing: bool,
     traffic: Traffic,
@@ -159,7 +177,7 @@ enum Event {
 
 impl Connection {
     /// Serves a client until it ends.
-    pub async fn serve(node: Arc<Node>, mut socket: WebSocket, traffic: Traffic) {
+    pub async fn serve(node: Arc<Node>, mut socket: WebSocket, group: PlacementGroup, traffic: Traffic) {
         let joined = tokio::time::timeout(JOIN_TIMEOUT, join(&node, &mut socket)).await;
         let outcome =
             joined.unwrap_or_else(|_| Err(Ending::protocol("no_join", "no join within ten seconds")));
@@ -169,7 +187,7 @@ impl Connection {
                 let outbox = Arc::new(Outbox::default());
                 let entered = Entered::new(&node, &peer, &outbox);
                 let mut connection =
-                    Self::new(node.clone(), socket, peer.clone(), traffic, outbox, &metadata);
+                    Self::new(node.clone(), socket, peer.clone(), traffic, outbox, &metadata, group);
                 let ending = connection.run().await;
                 // Ends the subscriptions.
                 let Self { socket, .. } = connection;
@@ -187,12 +205,15 @@ impl Connection {
         traffic: Traffic,
         outbox: Arc<Outbox>,
         metadata: &PeerMetadata,
+        group: PlacementGroup,
     ) -> Self {
         let now = Instant::now();
         let ping_after = node.settings.ping();
         Self {
             watched: Watched::new(&node.storage_id, metadata),
-            answers_each: !gathers_answers(metadata),
+            answers_each: !has_extra(metadata, EXTRA_GATHERED_ANSWERS),
+            hears_elsewhere: has_extra(metadata, EXTRA_ELSEWHERE),
+            group,
             node,
             socket,
             peer,
@@ -348,8 +369,8 @@ impl Connection {
         if self.subscriptions.len() >= self.node.settings.connection_documents_max {
             return Err(Ending::protocol("too_many_documents", "too many documents on one connection"));
         }
-        let loaded =
-            self.node.documents.open(&document).await.map_err(|error| load_failed(&document, &error))?;
+        let loaded = self.node.documents.open_in(&document, &self.group).await;
+        let loaded = loaded.map_err(|error| load_failed(&document, &error))?;
         Ok(self.subscribe_to(loaded))
     }
 
@@ -367,6 +388,7 @@ impl Connection {
             held: false,
             dirty: false,
             reported: Vec::new(),
+            search: Search::NotYet,
         });
         self.watch_others(slot);
         slot
@@ -495,16 +517,19 @@ async fn join(node: &Node, socket: &mut WebSocket) -> Result<(PeerId, PeerMetada
     let ours = PeerMetadata {
         storage_id: Some(node.storage_id.clone()),
         is_ephemeral: Some(false),
-        extras: if gathers_answers(&metadata) { vec![EXTRA_GATHERED_ANSWERS.to_owned()] } else { Vec::new() },
+        extras: EXTRAS.into_iter().filter(|it| has_extra(&metadata, it)).map(str::to_owned).collect(),
     };
     let answer = wire::encode_peer(&node.peer_id, &sender, &ours);
     socket.send(Message::Binary(answer.into())).await.map_err(|_| Ending::Gone)?;
     Ok((sender, metadata))
 }
 
-/// Whether the client announced that it gathers its answers.
-fn gathers_answers(metadata: &PeerMetadata) -> bool {
-    metadata.extras.iter().any(|extra| extra == EXTRA_GATHERED_ANSWERS)
+/// What a client may announce.
+const EXTRAS: [&str; 2] = [EXTRA_GATHERED_ANSWERS, EXTRA_ELSEWHERE];
+
+/// Whether the client announced an extra.
+fn has_extra(metadata: &PeerMetadata, name: &str) -> bool {
+    metadata.extras.iter().any(|extra| extra == name)
 }
 
 /// Says why, closes, and waits a moment for the client to do the same.

@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -15,7 +16,7 @@ use isobar_protocol::change::{Change, ChangeError};
 use isobar_protocol::chunk::{ChunkError, chunks};
 use isobar_protocol::config::Limits;
 use isobar_protocol::graph::{Graph, Ingested, Refusal};
-use isobar_protocol::ids::{ChangeHash, DocumentId};
+use isobar_protocol::ids::{ChangeHash, DocumentId, PlacementGroup};
 use parking_lot::Mutex;
 use tokio::sync::{OnceCell, mpsc};
 
@@ -24,11 +25,19 @@ use crate::storage::{DocumentState, Storage, StorageError, StoredBase, StoredCha
 use crate::telemetry::Metrics;
 
 mod compaction;
+mod contents;
 mod document;
+mod replication;
 
-use document::PendingRoom;
+use document::{Loaded, PendingRoom, change_numbered};
+use replication::ColdCounts;
 
-pub use document::{Document, Incoming, IngestStep, Outgoing, SharedKey, SubscriberKey, joined};
+pub use contents::ContentsError;
+pub use document::{Document, Incoming, IngestStep, Outgoing, Rejected, SharedKey, SubscriberKey, joined};
+pub use replication::DeleteError;
+
+/// The placement group of documents for which no other was asked: all regions.
+pub const DEFAULT_GROUP: &str = "default";
 
 /// A tail of more bytes is parsed on a blocking thread: it takes longer than a millisecond.
 const PARSE_INLINE_BYTES: usize = 128 << 10;
@@ -50,11 +59,19 @@ pub enum LoadError {
     BaseRefused(#[from] MaterialiseError),
     #[error("stored change {hash} cannot be read: {error}")]
     ChangeUnreadable { hash: ChangeHash, error: ChangeError },
-    #[error("stored change {hash} does not fit the others: {refusal}")]
-    ChangeRefused { hash: ChangeHash, refusal: Refusal },
+    #[error("stored {0}")]
+    ChangeRefused(Rejected),
 }
 
-type Slot = Arc<OnceCell<Arc<Document>>>;
+/// A document's place in memory.
+#[derive(Default)]
+struct Place {
+    document: OnceCell<Arc<Document>>,
+    /// Set when a deletion has committed. A load that read storage before that finds it here.
+    deleted: AtomicBool,
+}
+
+type Slot = Arc<Place>;
 
 /// All documents in memory.
 pub struct Documents {
@@ -66,6 +83,8 @@ pub struct Documents {
     idle: Duration,
     pending: PendingRoom,
     slots: Mutex<HashMap<DocumentId, Slot>>,
+    default_group: PlacementGroup,
+    cold: Mutex<ColdCounts>,
     /// Each document stands here at most once.
     compactions: mpsc::UnboundedSender<Arc<Document>>,
 }
@@ -107,6 +126,8 @@ impl Documents {
             idle,
             pending: PendingRoom::new(resident_bytes_max / 2),
             slots: Mutex::new(HashMap::new()),
+            default_group: PlacementGroup::new(DEFAULT_GROUP).expect("the name is short"),
+            cold: Mutex::default(),
             compactions,
         });
         (documents.clone(), Compactor { documents, due })
@@ -118,15 +139,51 @@ impl Documents {
 
     /// The document, loaded if need be. One that does not exist is there too, empty, so that it can be waited for.
     pub async fn open(&self, id: &DocumentId) -> Result<Arc<Document>, LoadError> {
+        self.open_in(id, &self.default_group).await
+    }
+
+    /// As [`Self::open`]; a document that does not exist yet will be of this group.
+    pub async fn open_in(&self, id: &DocumentId, group: &PlacementGroup) -> Result<Arc<Document>, LoadError> {
         let slot = self.slots.lock().entry(id.clone()).or_default().clone();
-        let document = slot.get_or_try_init(|| self.load(id)).await?;
+        let document = slot.document.get_or_try_init(|| self.load(id, group)).await?;
+        // Only now: a deletion that commits later finds the document in its place.
+        if slot.deleted.load(Ordering::SeqCst) {
+            document.delete();
+        }
         document.lock().last_used = Instant::now();
         Ok(document.clone())
     }
 
     /// The document, if it is in memory.
     pub fn resident(&self, id: &DocumentId) -> Option<Arc<Document>> {
-        self.slots.lock().get(id).and_then(|slot| slot.get().cloned())
+        self.slots.lock().get(id).and_then(|slot| slot.document.get().cloned())
+    }
+
+    /// Whether the document is in memory or on its way there.
+    fn has_slot(&self, id: &DocumentId) -> bool {
+        self.slots.lock().contains_key(id)
+    }
+
+    /// Called when a document's deletion is durable.
+    pub(crate) fn deleted(&self, id: &DocumentId) {
+        let slot = self.slots.lock().get(id).cloned();
+        if let Some(slot) = slot {
+            slot.deleted.store(true, Ordering::SeqCst);
+            if let Some(document) = slot.document.get() {
+                document.delete();
+            }
+        }
+    }
+
+    /// The documents that exist and that somebody is subscribed to, each with its group.
+    pub fn subscribed(&self) -> Vec<(DocumentId, PlacementGroup)> {
+        let documents = self.residents();
+        let subscribed = documents.iter().filter(|it| it.has_subscribers());
+        subscribed.filter_map(|it| Some((it.id().clone(), it.settled_group()?))).collect()
+    }
+
+    fn residents(&self) -> Vec<Arc<Document>> {
+        self.slots.lock().values().filter_map(|slot| slot.document.get().cloned()).collect()
     }
 
     /// Called when a document's commit says that its tail has grown long.
@@ -135,53 +192,69 @@ impl Documents {
         let _ = self.compactions.send(document);
     }
 
-    async fn load(&self, id: &DocumentId) -> Result<Arc<Document>, LoadError> {
-        let pending = self.pending.clone();
+    async fn load(&self, id: &DocumentId, group: &PlacementGroup) -> Result<Arc<Document>, LoadError> {
+        let made = |loaded: Loaded| Ok(Arc::new(Document::new(id.clone(), loaded, self.pending.clone())));
         let Some(stored) = self.storage.load_document(id).await? else {
-            return Ok(Arc::new(Document::new(id.clone(), Graph::new(), 0, false, pending)));
+            return made(Loaded::empty(group.clone()));
         };
         self.metrics.documents_loaded.increment(1);
-        let quarantined = matches!(stored.state, DocumentState::Quarantined { .. });
         let generation = stored.base.as_ref().map_or(0, |base| base.generation);
-        if quarantined {
-            return Ok(Arc::new(Document::new(id.clone(), Graph::new(), generation, true, pending)));
+        let found = Loaded { generation, exists: true, ..Loaded::empty(stored.group.clone()) };
+        match stored.state {
+            DocumentState::Deleted { .. } => return made(Loaded { deleted: true, ..found }),
+            DocumentState::Quarantined { .. } => return made(Loaded { quarantined: true, ..found }),
+            DocumentState::Live => {}
         }
         match self.load_graph(id, stored).await {
-            Ok(graph) => Ok(Arc::new(Document::new(id.clone(), graph, generation, false, pending))),
+            Ok((graph, waiting)) => made(Loaded { graph, waiting, ..found }),
             Err(LoadError::Storage(error)) => Err(LoadError::Storage(error)),
             Err(error) => {
                 // Only in memory: whoever mends what is stored need not undo a mark as well.
                 tracing::error!(document = %id, %error, "stored document is damaged, quarantined");
                 self.metrics.quarantines.increment(1);
-                Ok(Arc::new(Document::new(id.clone(), Graph::new(), generation, true, pending)))
+                made(Loaded { quarantined: true, ..found })
             }
         }
     }
 
-    async fn load_graph(&self, id: &DocumentId, stored: StoredDocument) -> Result<Graph, LoadError> {
+    /// The graph of what is stored, and which of its changes lack a dependency.
+    async fn load_graph(
+        &self,
+        id: &DocumentId,
+        stored: StoredDocument,
+    ) -> Result<(Graph, Vec<ChangeHash>), LoadError> {
         let StoredDocument { base, mut tail, .. } = stored;
         let mut index = None;
         if let Some(base) = base.as_ref().filter(|base| !base.pruned) {
-            let (_, loaded) = self.read_index(id).await?;
-            check_index(base, &loaded)?;
-            self.resume_prune(id, base, &loaded, &mut tail).await;
-            index = Some(Arc::new(loaded));
+            index = Some(self.index_for_load(id, base, &mut tail).await?);
         }
         loop {
             let built = build(base.as_ref(), index.clone(), &tail).await?;
             if let Some(mut graph) = built {
                 graph.detach_index();
-                return Ok(graph);
+                let waiting =
+                    tail.iter().map(|change| change.hash).filter(|it| graph.is_pending(it)).collect();
+                return Ok((graph, waiting));
             }
-            let (_, loaded) = self.read_index(id).await?;
-            if let Some(base) = &base {
-                check_index(base, &loaded)?;
-            }
-            index = Some(Arc::new(loaded));
+            let base = base.as_ref().ok_or(LoadError::BaseIncomplete)?;
+            index = Some(self.index_for_load(id, base, &mut tail).await?);
         }
     }
 
-    /// Takes covered changes out of a tail that was not pruned to the end, and prunes on.
+    async fn index_for_load(
+        &self,
+        id: &DocumentId,
+        base: &StoredBase,
+        tail: &mut Vec<StoredChange>,
+    ) -> Result<Arc<BaseIndex>, LoadError> {
+        let (_, index) = self.read_index(id).await?;
+        check_index(base, &index)?;
+        self.resume_prune(id, base, &index, tail).await;
+        Ok(Arc::new(index))
+    }
+
+    /// Takes covered changes out of a tail that was not pruned to the end, or got some again from another region, and
+    /// prunes on.
     async fn resume_prune(
         &self,
         id: &DocumentId,
@@ -193,7 +266,9 @@ impl Documents {
             .extract_if(.., |change| index.position_of(&change.hash).is_some())
             .map(|it| it.hash)
             .collect();
-        self.prune_logged(id, base.generation, &covered).await;
+        if !base.pruned || !covered.is_empty() {
+            self.prune_logged(id, base.generation, &covered).await;
+        }
     }
 
     /// The base's index and the generation it belongs to.
@@ -238,8 +313,7 @@ impl Documents {
     /// Drops what nobody needs, and reports what is left. To be called every few seconds.
     pub fn sweep(&self) {
         let now = Instant::now();
-        let documents: Vec<Arc<Document>> =
-            self.slots.lock().values().filter_map(|slot| slot.get().cloned()).collect();
+        let documents = self.residents();
         let mut resident_bytes = 0;
         let mut pending = 0;
         let mut idle = Vec::new();
@@ -262,7 +336,7 @@ impl Documents {
             }
         }
         // Left behind by loads that failed, with nobody waiting for another attempt.
-        self.slots.lock().retain(|_, slot| slot.initialized() || Arc::strong_count(slot) > 1);
+        self.slots.lock().retain(|_, slot| slot.document.initialized() || Arc::strong_count(slot) > 1);
         self.metrics.pending_changes.set(pending as f64);
         self.metrics.resident_bytes.set(resident_bytes as f64);
         self.metrics.documents_resident.set(self.slots.lock().len() as f64);
@@ -273,7 +347,8 @@ impl Documents {
         let mut slots = self.slots.lock();
         // Under this lock nobody can get hold of it anew: the slot and the document have one owner each, or stay.
         let unused = slots.get_mut(id).is_some_and(|slot| {
-            Arc::get_mut(slot).and_then(OnceCell::get_mut).is_some_and(|it| Arc::get_mut(it).is_some())
+            let document = Arc::get_mut(slot).and_then(|place| place.document.get_mut());
+            document.is_some_and(|it| Arc::get_mut(it).is_some())
         });
         if unused {
             slots.remove(id);
@@ -313,7 +388,7 @@ fn build_now(
     index: Option<Arc<BaseIndex>>,
     tail: &[StoredChange],
 ) -> Result<Option<Graph>, LoadError> {
-    let limits = stored_limits();
+    let limits = Limits::stored();
     let mut graph = summary.map_or_else(Graph::new, Graph::from_base);
     if let Some(index) = index {
         graph.attach_index(index);
@@ -321,25 +396,18 @@ fn build_now(
     for StoredChange { hash, bytes } in tail {
         let change = Change::decode(bytes.clone(), &limits)
             .map_err(|error| LoadError::ChangeUnreadable { hash: *hash, error })?;
+        let (actor, seq) = (change.actor.clone(), change.seq);
         match graph.ingest(change, &limits) {
             Ok(Ingested::NeedsIndex) => return Ok(None),
             Ok(_) => {}
-            Err(refusal) => return Err(LoadError::ChangeRefused { hash: *hash, refusal }),
+            Err(refusal) => {
+                let reused = matches!(refusal, Refusal::SeqReused { .. });
+                let other = if reused { change_numbered(&graph, &actor, seq) } else { None };
+                return Err(LoadError::ChangeRefused(Rejected { hash: *hash, refusal, other }));
+            }
         }
     }
     let end = graph.staged_end();
     graph.advance_durable(end);
     Ok(Some(graph))
-}
-
-/// What was accepted once is read back whatever the limits are today.
-fn stored_limits() -> Limits {
-    Limits {
-        change_bytes_max: usize::MAX,
-        change_ops_max: u64::MAX,
-        pending_changes_max: usize::MAX,
-        pending_bytes_max: usize::MAX,
-        ancestry_steps_max: u64::MAX,
-        ..Limits::default()
-    }
 }

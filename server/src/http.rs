@@ -3,19 +3,24 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Router;
 use axum::extract::ws::WebSocketUpgrade;
 use axum::extract::{ConnectInfo, FromRequestParts, Request, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use axum::{Json, Router};
+use isobar_protocol::ids::{PlacementGroup, RegionName};
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
+use crate::config::cluster::DEFAULT_GROUP;
 use crate::connection::Connection;
 use crate::node::Node;
+use crate::replication::{Known, Replication};
+use admin::problem;
 pub use listener::{CountingListener, Traffic};
 
+mod admin;
 mod listener;
 
 /// How long a readiness check may wait for the database.
@@ -39,12 +44,16 @@ pub fn client_routes(node: Arc<Node>, connections: TaskTracker) -> Router {
     health_routes()
         .route("/", get(client))
         .route("/sync", get(client))
+        .route("/regions", get(regions))
         .with_state(Shared { node, connections })
 }
 
 /// What operators reach.
 pub fn admin_routes(node: Arc<Node>, connections: TaskTracker) -> Router {
-    health_routes().route("/metrics", get(metrics)).with_state(Shared { node, connections })
+    health_routes()
+        .route("/metrics", get(metrics))
+        .merge(admin::routes())
+        .with_state(Shared { node, connections })
 }
 
 fn health_routes() -> Router<Shared> {
@@ -72,6 +81,56 @@ async fn metrics(State(shared): State<Shared>) -> Response {
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], node.metrics.render()).into_response()
 }
 
+/// The group that a client asks for, or why it cannot have it. It is an error of its configuration, which trying again
+/// does not mend.
+fn group_of(node: &Node, query: Option<&str>) -> Result<PlacementGroup, String> {
+    // Names of groups consist of what stands for itself in a URL.
+    let named = query.unwrap_or("").split('&').find_map(|pair| pair.strip_prefix("group="));
+    let name = named.unwrap_or(DEFAULT_GROUP);
+    let (groups, region) = (&node.settings.groups, &node.settings.region);
+    let group = PlacementGroup::new(name).map_err(|error| format!("not a placement group: {error}"))?;
+    let is_here = RegionName::new(region).is_ok_and(|region| groups.holds(&group, &region));
+    match groups.regions(&group) {
+        _ if is_here => Ok(group),
+        None => Err(format!("there is no placement group {name:?}")),
+        Some(regions) => {
+            let regions: Vec<&str> = regions.iter().map(RegionName::as_str).collect();
+            Err(format!(
+                "region {region} is not in the placement group {name:?}: that is {}",
+                regions.join(", ")
+            ))
+        }
+    }
+}
+
+/// A region, as clients see it.
+#[derive(serde::Serialize)]
+struct RegionView {
+    name: String,
+    /// Where clients reach it, if it says.
+    url: Option<String>,
+    /// Whether it is the one that answers.
+    here: bool,
+    /// Whether it can be reached from here.
+    up: bool,
+}
+
+/// This region, and the others that were linked since the node started. Any web page may read it, as any may sync.
+async fn regions(State(shared): State<Shared>) -> Response {
+    let node = &shared.node;
+    let mut regions = vec![RegionView {
+        name: node.settings.region.clone(),
+        url: node.settings.advertise.clone(),
+        here: true,
+        up: true,
+    }];
+    for known in node.replication.iter().flat_map(Replication::known) {
+        let Known { peer, up } = known;
+        regions.push(RegionView { name: peer.region.to_string(), url: peer.client_url, here: false, up });
+    }
+    ([(header::ACCESS_CONTROL_ALLOW_ORIGIN, "*")], Json(regions)).into_response()
+}
+
 /// A client's WebSocket; anybody else gets a sentence.
 async fn client(State(shared): State<Shared>, request: Request) -> Response {
     let (mut parts, _) = request.into_parts();
@@ -85,6 +144,13 @@ async fn client(State(shared): State<Shared>, request: Request) -> Response {
         }
     };
     let node = shared.node;
+    let group = match group_of(&node, parts.uri.query()) {
+        Ok(group) => group,
+        Err(detail) => {
+            let title = "no such placement group here";
+            return problem(StatusCode::BAD_REQUEST, "/problems/placement-group", title, detail);
+        }
+    };
     let open = shared.connections.len();
     if node.is_draining() || open >= node.settings.connections_max {
         return (StatusCode::SERVICE_UNAVAILABLE, [(header::RETRY_AFTER, "5")], "no room at the moment\n")
@@ -98,7 +164,7 @@ async fn client(State(shared): State<Shared>, request: Request) -> Response {
         .max_frame_size(node.settings.frame_bytes_max)
         .on_upgrade(async move |socket| {
             let _open = Open::new(node.clone(), token);
-            Box::pin(Connection::serve(node, socket, traffic)).await;
+            Box::pin(Connection::serve(node, socket, group, traffic)).await;
         })
 }
 

@@ -124,13 +124,7 @@ fn split_bundle(chunk: &[u8]) -> Result<Vec<Bytes>, MaterialiseError> {
 /// Memory goes by operations, and a change of 70 bytes can claim millions of them. Counted without opening anything.
 fn check_operations(old: Option<&Bytes>, changes: &[Bytes], limits: &Limits) -> Result<(), MaterialiseError> {
     let too_large = MaterialiseError::TooLarge { operations_max: limits.document_ops_max };
-    let unlimited = Limits {
-        change_bytes_max: usize::MAX,
-        change_ops_max: u64::MAX,
-        document_bytes_max: usize::MAX,
-        document_ops_max: u64::MAX,
-        ..limits.clone()
-    };
+    let unlimited = Limits::stored();
     let refused = |error: &dyn std::error::Error| MaterialiseError::Refused(error.to_string());
     let mut operations: u64 = 0;
     for chunk in old.into_iter().flat_map(|old| chunks(old.clone())) {

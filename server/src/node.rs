@@ -11,6 +11,7 @@ use crate::commit::Committer;
 use crate::config::Settings;
 use crate::documents::Documents;
 use crate::outbox::{Closing, Outbox};
+use crate::replication::Replication;
 use crate::storage::Storage;
 use crate::telemetry::Metrics;
 
@@ -24,6 +25,8 @@ pub struct Node {
     pub storage: Arc<dyn Storage>,
     pub documents: Arc<Documents>,
     pub committer: Committer,
+    /// Nothing if the node has nothing to do with other regions.
+    pub replication: Option<Replication>,
     pub sessions: Sessions,
     pub metrics: Arc<Metrics>,
     pub draining: AtomicBool,

@@ -7,50 +7,62 @@
 //!
 //! Each implementation passes one suite (`server/tests/storage.rs`), whose tests are named after these clauses.
 //!
-//! 1. **Atomic append.** [`Storage::append`] stores the whole batch — documents, changes, log entries and the
-//!    origin's counter — or nothing. When it returns `Ok` the batch survives a crash of the process, and of the
-//!    machine as far as the database promises that.
-//! 2. **Dense, commit-ordered log.** The entries of an origin are numbered 1, 2, 3, … without a gap, in the order
-//!    of their commits. The counter row is raised in the transaction that inserts the entries.
+//! 1. **Atomic append.** [`Storage::append`] stores the whole batch — documents, changes, tombstones, runs of log
+//!    entries and the origins' counters — or nothing. When it returns `Ok` the batch survives a crash of the process,
+//!    and of the machine as far as the database promises that.
+//! 2. **Dense, commit-ordered logs.** The entries of an origin are numbered 1, 2, 3, … without a gap, in the order
+//!    of their commits, whether the origin is this region's or another's. The counter row is raised, and the chain
+//!    moved on, in the transaction that inserts the entries.
 //! 3. **Each change once.** Appending a change that the document already holds leaves its bytes as they are, and
 //!    [`Storage::load_document`] returns it once. (It may occupy its space twice until it is pruned.)
-//! 4. **Fenced.** Only the latest incarnation of an origin may append; an older one gets
-//!    [`StorageError::Fenced`] and nothing is stored.
+//! 4. **Fenced.** Only the latest incarnation of an own origin may append; an older one gets
+//!    [`StorageError::Fenced`] and nothing is stored. An origin that was replaced by a new one is fenced for ever.
 //! 5. **Definite.** An append that fails with [`StorageError::Transient`] may be repeated as it stands: the caller
-//!    passes the seq it expects to write first, and a batch that did commit before the failure was reported is
-//!    recognised by the counter and the last entry, and answered as the success it was.
+//!    passes the seqs it expects to write first, and a batch that did commit before the failure was reported is
+//!    recognised by the counters and the last runs, and answered as the success it was. A run of another region's origin
+//!    whose counter stands elsewhere — another node of the region was first — fails with
+//!    [`StorageError::OutOfStep`], and nothing of the batch is stored.
 //! 6. **Whole documents.** [`Storage::load_document`] returns a base and a tail that belong together: never the
 //!    changes of before an [`Storage::install_base`] with the base of after it.
 //! 7. **Bases replace, then prune.** `install_base` is one transaction and fails with [`StorageError::Conflict`]
 //!    unless the base it replaces is the one the caller started from. It removes no change. The caller then
 //!    removes covered changes in steps ([`Storage::prune_changes`]) and ends with [`Storage::finish_prune`]; until
 //!    that, `load_document` says that the tail may still hold covered changes.
-//! 8. **Truncation is a prefix.** [`Storage::truncate_log`] removes entries up to a seq and nothing else; the
-//!    counter stays. Reading below the floor fails with [`StorageError::Truncated`].
+//! 8. **Truncation is a prefix.** [`Storage::truncate_log`] removes entries up to a seq and nothing else; counter and
+//!    chain stay. Reading below the floor fails with [`StorageError::Truncated`], also when nothing above it is left.
 //! 9. **Forward-only schema.** Opening migrates under a lock, so that two nodes may start at once, and refuses a
 //!    schema newer than this program's with [`StorageError::NewerSchema`] before anything is written.
 //! 10. **One region per database.** The database remembers the region's name and its storage id from the first
 //!     start; another region's name is refused.
 //! 11. **Independent documents.** No call about one document reads or locks another's rows, except that appends
 //!     share the origin's counter.
+//! 12. **Deleted for good.** A tombstone removes the document, its changes and its base in its transaction, and erases
+//!     its changes from every stored run (their names, seqs and chain stay). Nothing appended later brings the document
+//!     back: its changes are left out, its log entries are stored. The earliest deletion time counts.
+//! 13. **Vectors are adopted forward.** [`Storage::adopt_origins`] raises counters of other regions' origins after a
+//!     snapshot, never lowers one, and leaves the log below truncated.
 
 mod bundle;
+mod clock;
 mod failure;
 mod log_run;
 pub mod memory;
-mod packing;
+pub(crate) mod packing;
 pub mod postgres;
+mod rows;
 mod schema;
 pub mod sqlite;
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use isobar_protocol::ids::{
     ChangeHash, DocumentId, Incarnation, OriginId, PlacementGroup, RegionName, Seq, StorageId,
 };
+use isobar_protocol::log::Chain;
 
 /// A change as it is stored: its name and its chunk, exactly as its author made it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -67,21 +79,91 @@ pub struct ClaimedOrigin {
     pub incarnation: Incarnation,
     /// The last seq that has been committed under this origin; 0 when it is new.
     pub last_seq: Seq,
+    /// The chain at that seq.
+    pub chain: Chain,
 }
 
-/// The changes of one document within a batch. `changes` is never empty.
-#[derive(Debug, Clone)]
+/// An origin as this region knows it, its own or another's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredOrigin {
+    pub id: OriginId,
+    pub region: RegionName,
+    pub group: PlacementGroup,
+    /// The last seq that is stored.
+    pub seq: Seq,
+    pub chain: Chain,
+}
+
+/// Consecutive entries of one origin, to be appended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RunAppend {
+    pub origin: OriginId,
+    pub writer: Writer,
+    pub group: PlacementGroup,
+    pub first: Seq,
+    pub last: Seq,
+    /// The chain before the first entry and after the last.
+    pub chain_before: Chain,
+    pub chain: Chain,
+    /// As `isobar_protocol::log` packs it.
+    pub body: Bytes,
+}
+
+/// Who writes a run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Writer {
+    /// This node, under an origin it has claimed.
+    Own { incarnation: Incarnation },
+    /// Another region, whose entries are stored here. The origin is created if it is not known yet.
+    Other { region: RegionName },
+}
+
+/// Changes of one document within a batch that came by one origin. `changes` is never empty.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DocumentAppend {
     pub document: DocumentId,
-    pub changes: Vec<StoredChange>,
+    /// The group in which the document is created if it does not exist.
+    pub group: PlacementGroup,
+    pub origin: OriginId,
+    /// Each with its entry's seq, ascending. No other append ever uses the same (document, origin, seq).
+    pub changes: Vec<(Seq, StoredChange)>,
 }
 
-/// One log entry: at `seq`, its origin received this change of this document.
+/// A document's deletion within a batch.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LogEntry {
-    pub seq: Seq,
+pub struct Deletion {
     pub document: DocumentId,
-    pub hash: ChangeHash,
+    pub group: PlacementGroup,
+    /// Milliseconds of Unix time.
+    pub deleted_at_ms: u64,
+}
+
+/// What one transaction stores. Deletions take effect after the changes: a change and the tombstone of its document in one
+/// batch leave the tombstone.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Batch {
+    /// At most one per origin.
+    pub runs: Vec<RunAppend>,
+    pub changes: Vec<DocumentAppend>,
+    pub deletions: Vec<Deletion>,
+}
+
+/// Consecutive entries as they are stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredRun {
+    pub first: Seq,
+    pub last: Seq,
+    /// The chain before the first entry.
+    pub chain_before: Chain,
+    pub body: Bytes,
+}
+
+/// How far another region has stored an origin's log, as it said last.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Acknowledgement {
+    pub region: RegionName,
+    pub origin: OriginId,
+    pub seq: Seq,
 }
 
 /// A base as it is kept beside a document's tail. The two opaque parts that are needed rarely stay in the
@@ -113,6 +195,10 @@ pub enum DocumentState {
     Quarantined {
         reason: String,
     },
+    /// There is a tombstone and nothing else.
+    Deleted {
+        deleted_at_ms: u64,
+    },
 }
 
 /// Everything that is needed to bring a document to life, without its base's bytes.
@@ -123,6 +209,14 @@ pub struct StoredDocument {
     pub base: Option<StoredBase>,
     /// In no particular order: the core orders changes by their dependencies.
     pub tail: Vec<StoredChange>,
+}
+
+/// A document in a listing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ListedDocument {
+    pub id: DocumentId,
+    pub group: PlacementGroup,
+    pub state: DocumentState,
 }
 
 /// Sizes for operators and benchmarks, in rows and bytes. May be estimates and may take a moment.
@@ -148,6 +242,9 @@ pub enum StorageError {
     /// Another node has claimed this origin since. Nothing was stored. This node must stop writing.
     #[error("origin {origin:?} was claimed by another node (incarnation {ours:?} is no longer the latest)")]
     Fenced { origin: OriginId, ours: Incarnation },
+    /// Another node has stored entries of this origin meanwhile; it stands at `seq`. Nothing was stored.
+    #[error("origin {origin:?} already stands at {seq:?}")]
+    OutOfStep { origin: OriginId, seq: Seq },
     /// The base to be replaced is no longer the current one. Nothing was stored.
     #[error("the base changed meanwhile: expected generation {expected}, found {found}")]
     Conflict { expected: u64, found: u64 },
@@ -169,29 +266,28 @@ pub trait Storage: Send + Sync + 'static {
     async fn region_identity(&self, region: &RegionName) -> Result<StorageId, StorageError>;
 
     /// Claims the origin of `(region, group)` numbered `slot` for this process, creating it if there is none, and
-    /// fences whoever held it before (clause 4).
+    /// fences whoever held it before (clause 4). With `anew`, the origin is replaced by a new one, even if nothing was written
+    /// under it: whether this database is a copy, or was restored from one, cannot be told from inside, and a seq must never be
+    /// used twice.
     async fn claim_origin(
         &self,
         region: &RegionName,
         group: &PlacementGroup,
         slot: u32,
+        anew: bool,
     ) -> Result<ClaimedOrigin, StorageError>;
 
-    /// Appends a batch under `origin`, whose first entry shall be `first_seq` (the caller counts; clauses 1–5).
-    /// A document that does not exist is created in the origin's placement group. Returns the last seq written;
-    /// `first_seq - 1` for a batch without changes, which does nothing.
+    /// Every origin that is known, this region's former ones included.
+    async fn origins(&self) -> Result<Vec<StoredOrigin>, StorageError>;
+
+    /// Appends a batch (clauses 1–5 and 12). A document that does not exist is created.
     ///
     /// # Panics
-    /// If the counter is not at `first_seq - 1` nor at this very batch's end although the incarnation is current:
-    /// two writers share an incarnation, and going on would break the log.
-    async fn append(
-        &self,
-        origin: &ClaimedOrigin,
-        first_seq: Seq,
-        batch: &[DocumentAppend],
-    ) -> Result<Seq, StorageError>;
+    /// If the counter of an own origin is not where its run begins, nor at this very run's end, although the incarnation
+    /// is current: two writers share an incarnation, and going on would break the log.
+    async fn append(&self, batch: &Batch) -> Result<(), StorageError>;
 
-    /// Loads a document; `None` if it does not exist (clause 6).
+    /// Loads a document; `None` if it does not exist and was not deleted (clause 6).
     async fn load_document(&self, document: &DocumentId) -> Result<Option<StoredDocument>, StorageError>;
 
     /// The base's Automerge chunk and the generation it belongs to.
@@ -217,16 +313,50 @@ pub trait Storage: Send + Sync + 'static {
     /// Records that the tail holds no covered change any more, if `generation` is still the current base.
     async fn finish_prune(&self, document: &DocumentId, generation: u64) -> Result<(), StorageError>;
 
-    /// Sets a document's state, if the document exists.
+    /// Sets a document's state, if the document exists. `Deleted` is no state to set: append a deletion.
     async fn set_state(&self, document: &DocumentId, state: &DocumentState) -> Result<(), StorageError>;
 
-    /// Up to `limit` log entries of `origin` after seq `after`, in order (clauses 2 and 8).
-    async fn read_log(&self, origin: OriginId, after: Seq, limit: u32)
-    -> Result<Vec<LogEntry>, StorageError>;
+    /// The runs of `origin` from the one that holds the entry after `after` on, in order, up to about `bytes_max` bytes
+    /// of bodies, at least one if there is any (clauses 2 and 8). The first may begin before `after`.
+    async fn read_log(
+        &self,
+        origin: OriginId,
+        after: Seq,
+        bytes_max: usize,
+    ) -> Result<Vec<StoredRun>, StorageError>;
 
-    /// Removes the entries of `origin` up to and including `up_to` (clause 8). An implementation may keep a few more
-    /// than asked where entries are stored in runs, and keeps the run of the last append in any case (clause 5).
-    async fn truncate_log(&self, origin: OriginId, up_to: Seq) -> Result<(), StorageError>;
+    /// Removes the entries of `origin` up to and including `up_to` that were appended `older_than` ago or earlier (clause 8).
+    /// An implementation may keep a few more than asked, as entries are stored in runs, and keeps the run of the last
+    /// append in any case (clause 5).
+    async fn truncate_log(
+        &self,
+        origin: OriginId,
+        up_to: Seq,
+        older_than: Duration,
+    ) -> Result<(), StorageError>;
+
+    /// Raises other regions' origins to where a snapshot was taken, creating those that are not known (clause 13).
+    async fn adopt_origins(&self, origins: &[StoredOrigin]) -> Result<(), StorageError>;
+
+    /// Notes how far other regions have stored logs; what goes back is ignored.
+    async fn note_acknowledgements(&self, news: &[Acknowledgement]) -> Result<(), StorageError>;
+
+    /// What was noted.
+    async fn acknowledgements(&self) -> Result<Vec<Acknowledgement>, StorageError>;
+
+    /// Up to `limit` documents after `after` in the order of their ids, deleted and quarantined ones included.
+    async fn list_documents(
+        &self,
+        after: Option<&DocumentId>,
+        limit: u32,
+    ) -> Result<Vec<ListedDocument>, StorageError>;
+
+    /// Creates a document without changes, if it neither exists nor was deleted. For a base that comes from another region.
+    async fn create_document(
+        &self,
+        document: &DocumentId,
+        group: &PlacementGroup,
+    ) -> Result<(), StorageError>;
 
     /// Sizes, for metrics.
     async fn statistics(&self) -> Result<StorageStatistics, StorageError>;
@@ -257,4 +387,10 @@ pub async fn open(url: &str) -> Result<Arc<dyn Storage>, StorageError> {
 /// A region's storage id, made at random as automerge-repo makes its own.
 fn new_storage_id() -> StorageId {
     StorageId::new(&uuid::Uuid::new_v4().to_string()).expect("a UUID's text is within the limit")
+}
+
+/// # Panics
+/// If the state is `Deleted`, which is no state to set.
+fn check_settable(state: &DocumentState) {
+    assert!(!matches!(state, DocumentState::Deleted { .. }), "a document is deleted by appending a deletion");
 }

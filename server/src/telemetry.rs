@@ -6,6 +6,8 @@
 use std::io::IsTerminal;
 use std::time::Duration;
 
+use isobar_protocol::ids::RegionName;
+use isobar_protocol::replica::LinkStatus;
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 
@@ -40,17 +42,20 @@ pub enum MaterialiseReason {
     Upload,
     /// A base was made.
     Compaction,
+    /// Another region sent a whole document that is here in part.
+    Contents,
     /// A client that knows only the first version of the sync protocol needs what is in a base.
     OldClient,
 }
 
 impl MaterialiseReason {
-    const ALL: [Self; 3] = [Self::Upload, Self::Compaction, Self::OldClient];
+    const ALL: [Self; 4] = [Self::Upload, Self::Compaction, Self::Contents, Self::OldClient];
 
     fn label(self) -> &'static str {
         match self {
             Self::Upload => "upload",
             Self::Compaction => "compaction",
+            Self::Contents => "contents",
             Self::OldClient => "old_client",
         }
     }
@@ -86,7 +91,16 @@ pub struct Metrics {
     pub bases_made: Counter,
     pub base_seconds: Histogram,
     pub quarantines: Counter,
+    pub replicated_refused: Counter,
+    pub cold_changes: Counter,
     pub log_truncated_seq: Gauge,
+    pub links_refused: Counter,
+    pub link_bytes_sent: Counter,
+    pub link_bytes_before_compression: Counter,
+    pub link_bytes_received: Counter,
+    pub link_frames_waiting: Gauge,
+    pub origins_forked: Counter,
+    pub searches: Counter,
 }
 
 impl Metrics {
@@ -130,6 +144,30 @@ impl Metrics {
     pub fn refused(&self, reason: &'static str) {
         metrics::with_local_recorder(&self.recorder, || {
             counter!("isobar_refused_total", "reason" => reason).increment(1);
+        });
+    }
+
+    /// Reports a link to another region.
+    pub fn link(&self, status: &LinkStatus) {
+        let region = status.region.as_str().to_owned();
+        metrics::with_local_recorder(&self.recorder, || {
+            let set = |name: &'static str, value: f64| gauge!(name, "region" => region.clone()).set(value);
+            set("isobar_link_behind_changes", status.behind as f64);
+            set("isobar_link_ahead_changes", status.ahead as f64);
+            set("isobar_link_in_flight_bytes", status.in_flight_bytes as f64);
+            set("isobar_link_routes", status.routes as f64);
+            set("isobar_link_fetches_snapshot", f64::from(u8::from(status.fetches_snapshot)));
+            if let Some(round_trip_ms) = status.round_trip_ms {
+                set("isobar_link_round_trip_seconds", round_trip_ms as f64 / 1_000.0);
+            }
+        });
+    }
+
+    /// Reports whether a region is linked.
+    pub fn linked(&self, region: &RegionName, linked: bool) {
+        let region = region.as_str().to_owned();
+        metrics::with_local_recorder(&self.recorder, || {
+            gauge!("isobar_link_up", "region" => region).set(f64::from(u8::from(linked)));
         });
     }
 
@@ -201,5 +239,17 @@ registered! {
     bases_made: counter = "isobar_bases_made_total", "Compactions: bases made and installed.";
     base_seconds: histogram = "isobar_base_seconds", "Time to make and install one base.";
     quarantines: counter = "isobar_documents_quarantined_total", "Documents quarantined because they do not apply.";
+    replicated_refused: counter = "isobar_replicated_changes_refused_total",
+        "Changes of other regions that were stored and do not fit their documents.";
+    cold_changes: counter = "isobar_cold_changes_total",
+        "Changes of other regions that were stored without their documents being in memory, or able to take them.";
+    links_refused: counter = "isobar_links_refused_total", "Links refused because the other end proved nothing or the wrong thing.";
+    link_bytes_sent: counter = "isobar_link_bytes_sent_total", "Bytes sent to other regions, compressed.";
+    link_bytes_before_compression: counter = "isobar_link_bytes_before_compression_total",
+        "The same before compression.";
+    link_bytes_received: counter = "isobar_link_bytes_received_total", "Bytes received from other regions, compressed.";
+    link_frames_waiting: gauge = "isobar_link_frames_waiting", "Frames that wait to be sent to other regions.";
+    origins_forked: counter = "isobar_origins_forked_total", "Origins given up because two logs exist under their name.";
+    searches: counter = "isobar_searches_total", "Documents looked for in other regions.";
     log_truncated_seq: gauge = "isobar_log_truncated_seq", "The seq up to which this node's log has been truncated.";
 }

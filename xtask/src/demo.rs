@@ -1,4 +1,4 @@
-//! `cargo xtask demo`: one region on the embedded database, with nothing to configure.
+//! `cargo xtask demo`: three regions in one process, with nothing to configure.
 
 use std::os::unix::process::CommandExt;
 use std::process::Command;
@@ -8,15 +8,15 @@ use anyhow::{Context, Result};
 use crate::process::Run;
 use crate::workspace;
 
-/// Build Isobar and run one region on its embedded database.
+/// Build Isobar and run three regions with simulated distance between them.
 ///
-/// Serves on loopback only and keeps its data under ./isobar-data, so that documents are there again after a
+/// Serves on loopback only and keeps its data under ./isobar-demo-data, so that documents are there again after a
 /// restart. Runs until Ctrl-C.
 #[derive(clap::Args)]
 pub struct Arguments {
-    /// Passed on to `isobar serve`; see `cargo xtask demo -- --help`.
-    #[arg(last = true, value_name = "SERVE OPTIONS")]
-    serve: Vec<String>,
+    /// Passed on to `isobar demo`; see `cargo xtask demo -- --help`.
+    #[arg(last = true, value_name = "DEMO OPTIONS")]
+    demo: Vec<String>,
 }
 
 pub fn run(arguments: &Arguments) -> Result<()> {
@@ -25,14 +25,10 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let program = workspace::target_directory()?.join("release/isobar");
     println!(
         "\n\
-         Starting one Isobar region.\n\
-         \x20 clients    any automerge-repo client, by WebSocket, at the address that follows\n\
-         \x20 operators  /livez, /readyz and /metrics at the admin address that follows\n\
-         \x20 data       {} (delete it to start afresh)\n\
-         \x20 stop       Ctrl-C\n",
-        workspace::root().join("isobar-data").display(),
+         Starting three Isobar regions; any automerge-repo client can connect to each, by WebSocket.\n\
+         Each answers operators with /livez, /readyz and /metrics. Delete the data to start afresh.\n"
     );
     // Becomes the server, so that signals reach it and nothing else.
-    let error = Command::new(&program).arg("serve").args(&arguments.serve).exec();
+    let error = Command::new(&program).arg("demo").args(&arguments.demo).exec();
     Err(error).with_context(|| format!("cannot start {}", program.display()))
 }

@@ -1,5 +1,7 @@
 //! From a frame to the graph: decode, check who sent it, take the changes apart, offer them, submit them.
 
+use std::sync::Arc;
+
 use axum::extract::ws::Message;
 use bytes::Bytes;
 use isobar_protocol::change::Change;
@@ -12,7 +14,7 @@ use isobar_protocol::wire::ClientFrame;
 use tokio::time::Instant;
 
 use super::{Connection, Ending, unreadable};
-use crate::documents::{Incoming, IngestStep};
+use crate::documents::{Incoming, Rejected};
 use crate::node::Node;
 use crate::outbox::{Ephemeral, Slot};
 use crate::telemetry::MaterialiseReason;
@@ -94,7 +96,9 @@ impl Connection {
         self.offer(slot, &mut incoming).await?;
         let subscription = &mut self.subscriptions[slot.0 as usize];
         let state = subscription.document.lock();
-        subscription.session.receive(message, incoming.positions(state.graph()), state.graph());
+        if !state.is_deleted() {
+            subscription.session.receive(message, incoming.positions(state.graph()), state.graph());
+        }
         drop(state);
         self.mark(slot);
         Ok(())
@@ -103,45 +107,35 @@ impl Connection {
     /// Takes the changes out of a message and reserves room for them in the queues to the log.
     async fn take_changes(&mut self, slot: Slot, message: &SyncMessage) -> Result<Incoming, Ending> {
         let subscription = &self.subscriptions[slot.0 as usize];
-        let quarantined = subscription.document.lock().is_quarantined();
-        if message.changes.is_empty() || subscription.session.is_read_only() || quarantined {
+        let withheld = subscription.document.lock().is_withheld();
+        if message.changes.is_empty() || subscription.session.is_read_only() || withheld {
             return Ok(Incoming::none());
         }
         let bytes: usize = message.changes.iter().map(Bytes::len).sum();
         // Before the work, so that a client that floods waits with little held for it.
         let permits = self.node.committer.reserve(&self.uncommitted, bytes).await;
         let changes = take_apart(&self.node, message.changes.clone(), bytes).await?;
-        Ok(Incoming::new(changes, permits))
+        Ok(Incoming::new(changes, permits, self.group.clone()))
     }
 
-    /// Offers changes to the document's graph, some at a time, loading the base's index if they refer to its inside.
+    /// Offers changes to the document's graph. A change that is refused ends the connection, or the session's right to write.
     async fn offer(&mut self, slot: Slot, incoming: &mut Incoming) -> Result<(), Ending> {
         let subscription = &mut self.subscriptions[slot.0 as usize];
         let document = subscription.document.clone();
-        loop {
-            match document.ingest(incoming, &self.node.committer, self.node.documents.limits()) {
-                IngestStep::Done => return Ok(()),
-                IngestStep::More => tokio::task::yield_now().await,
-                IngestStep::NeedsIndex => {
-                    let read = self.node.documents.read_index(document.id()).await;
-                    let attached =
-                        read.and_then(|(generation, index)| document.attach_index(generation, index.into()));
-                    if let Err(error) = attached {
-                        return unreadable(&self.node, &document, &error);
-                    }
-                }
-                IngestStep::Refused(refusal @ Refusal::SeqReused { .. }) => {
-                    // Two copies of one author write: an honest client whose storage was copied. It keeps reading, is
-                    // told that its changes are not taken, and its other documents carry on.
-                    self.node.metrics.refused(refusal.reason());
-                    tracing::warn!(document = %document.id(), peer = %self.peer, %refusal, "change refused");
-                    subscription.session = SyncSession::new(true);
-                    return Ok(());
-                }
-                IngestStep::Refused(refusal) => {
-                    tracing::warn!(document = %document.id(), peer = %self.peer, %refusal, "change refused");
-                    return Err(Ending::protocol(refusal.reason(), refusal));
-                }
+        match self.node.documents.offer(&document, incoming, &self.node.committer).await {
+            Ok(None) => Ok(()),
+            Err(error) => unreadable(&self.node, &document, &error),
+            Ok(Some(Rejected { refusal: refusal @ Refusal::SeqReused { .. }, .. })) => {
+                // Two copies of one author write: an honest client whose storage was copied. It keeps reading, is
+                // told that its changes are not taken, and its other documents carry on.
+                self.node.metrics.refused(refusal.reason());
+                tracing::warn!(document = %document.id(), peer = %self.peer, %refusal, "change refused");
+                subscription.session = SyncSession::new(true);
+                Ok(())
+            }
+            Ok(Some(Rejected { refusal, .. })) => {
+                tracing::warn!(document = %document.id(), peer = %self.peer, %refusal, "change refused");
+                Err(Ending::protocol(refusal.reason(), refusal))
             }
         }
     }
@@ -161,8 +155,12 @@ impl Connection {
             },
         };
         let subscription = &self.subscriptions[slot.0 as usize];
-        let dropped = subscription.document.relay(subscription.key, message);
+        let message = Arc::new(message);
+        let Some(dropped) = subscription.document.relay(Some(subscription.key), &message) else { return };
         self.node.metrics.lossy_dropped.increment(dropped);
+        if let Some(replication) = &self.node.replication {
+            replication.relay(&message);
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! From marked subscriptions to the socket: each message is made when the socket takes it.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use axum::extract::ws::Message;
 use bytes::Bytes;
@@ -9,10 +9,11 @@ use isobar_protocol::sync_message::{SyncMessage, SyncVersion};
 use isobar_protocol::wire::{self, SharedSyncFrame};
 use tokio::time::Instant;
 
-use super::{Connection, Ending, GATHER, WRITE_BYTES, unreadable};
+use super::{Connection, Ending, GATHER, Search, WRITE_BYTES, unreadable};
 use crate::documents::{Document, LoadError, Outgoing, joined};
 use crate::node::Node;
 use crate::outbox::{LossyFrame, Slot};
+use crate::replication::SearchOutcome;
 use crate::telemetry::MaterialiseReason;
 
 impl Connection {
@@ -73,6 +74,14 @@ impl Connection {
             return Ok(0);
         }
         subscription.held = false;
+        let mut elsewhere = None;
+        if let Search::Running(over) = &subscription.search
+            && let Some(urls) = over.get()
+        {
+            elsewhere = Some(urls.clone()).filter(|urls| self.hears_elsewhere && !urls.is_empty());
+            subscription.search = Search::Over;
+            subscription.session.answer_again();
+        }
         let document = subscription.document.clone();
         let outgoing = document.lock().generate(
             subscription.key,
@@ -82,9 +91,52 @@ impl Connection {
         );
         let reported = self.report_heads(slot)?;
         let Some(outgoing) = outgoing else { return Ok(reported) };
+        if matches!(outgoing, Outgoing::Unavailable) && self.search(slot) {
+            return Ok(reported);
+        }
         self.subscriptions[slot.0 as usize].last_sent = now;
+        let said = match elsewhere {
+            // Before the answer that ends the client's own search.
+            Some(urls) if matches!(outgoing, Outgoing::Unavailable) => {
+                self.send_bytes(wire::encode_elsewhere(&self.node.peer_id, &self.peer, document.id(), &urls))?
+            }
+            _ => 0,
+        };
         let bytes = frame(&self.node, &self.peer, &document, outgoing).await?;
-        Ok(reported + self.send_bytes(bytes)?)
+        Ok(reported + said + self.send_bytes(bytes)?)
+    }
+}
+
+impl Connection {
+    /// Looks for a document that is not here in the other regions, once. Returns whether its outcome is to be waited for.
+    fn search(&mut self, slot: Slot) -> bool {
+        let Some(replication) = self.node.replication.as_ref().filter(|it| it.is_linked()) else {
+            return false;
+        };
+        let subscription = &mut self.subscriptions[slot.0 as usize];
+        let document = subscription.document.clone();
+        match subscription.search {
+            Search::Running(_) => return true,
+            Search::Over => return false,
+            Search::NotYet if document.lock().is_withheld() => return false,
+            Search::NotYet => {}
+        }
+        let over = Arc::new(OnceLock::new());
+        subscription.search = Search::Running(over.clone());
+        let (replication, key, group) = (replication.clone(), subscription.key, self.group.clone());
+        let outbox = Arc::downgrade(&self.outbox);
+        tokio::spawn(async move {
+            let urls = match replication.search(document.id().clone(), group).await {
+                SearchOutcome::Elsewhere { urls } => urls,
+                SearchOutcome::Found | SearchOutcome::Absent => Vec::new(),
+            };
+            let _ = over.set(urls);
+            // The subscription ends with its connection.
+            if outbox.upgrade().is_some() {
+                document.mark(key);
+            }
+        });
+        true
     }
 }
 

@@ -101,6 +101,9 @@ impl Documents {
         let generation = self.storage.install_base(document.id(), cut.generation, base).await?;
         let retired = {
             let mut state = document.lock();
+            if state.is_deleted() {
+                return Ok(None);
+            }
             state.generation = generation;
             state.graph.rebase(cut.summary)
         };

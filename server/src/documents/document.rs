@@ -3,17 +3,17 @@
 //! Everything mutable stands behind one lock that is held for microseconds and never across an `await`. A commit
 //! only marks the subscribers; each builds its message when its socket takes one.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use isobar_protocol::base::BaseIndex;
+use isobar_protocol::base::{BaseIndex, BaseSummary};
 use isobar_protocol::change::Change;
 use isobar_protocol::config::{Limits, REMOTE_HEADS_STORAGES_MAX};
 use isobar_protocol::graph::{Graph, Ingested, Refusal};
-use isobar_protocol::ids::{ChangeHash, DocumentId, PeerId, StorageId};
+use isobar_protocol::ids::{ActorId, ChangeHash, DocumentId, PeerId, PlacementGroup, StorageId};
 use isobar_protocol::presence::Recent;
 use isobar_protocol::session::{Reply, SyncSession, span_message, whole_message};
 use isobar_protocol::sync_message::SyncMessage;
@@ -21,8 +21,8 @@ use isobar_protocol::wire::{RemoteHeads, SharedSyncFrame};
 use parking_lot::{Mutex, MutexGuard};
 
 use super::LoadError;
-use crate::commit::{Committer, Permit, Submission};
-use crate::outbox::{LossyFrame, Outbox, Slot};
+use crate::commit::{Committer, Logged, Permit, Staged, Submission};
+use crate::outbox::{Ephemeral, LossyFrame, Outbox, Slot};
 use crate::storage::StoredChange;
 
 /// Changes offered to a graph under one hold of its lock. Other sessions of the document wait some milliseconds.
@@ -102,6 +102,14 @@ struct Subscriber {
     watches: bool,
 }
 
+impl Subscriber {
+    fn mark(&mut self) {
+        if !std::mem::replace(&mut self.marked, true) {
+            self.outbox.mark(self.slot);
+        }
+    }
+}
+
 /// What a shared frame contains.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SharedKey {
@@ -114,7 +122,13 @@ pub struct DocumentState {
     pub(super) graph: Graph,
     /// The base's generation; 0 without a base.
     pub(super) generation: u64,
+    group: PlacementGroup,
+    /// Storage knows the document, or is about to: its group is settled.
+    placed: bool,
     pub(super) quarantined: bool,
+    deleted: bool,
+    /// Changes among the pending ones that another origin's log names, and whether they are stored already.
+    waiting: HashMap<ChangeHash, Logged>,
     pub(super) compacting: bool,
     /// No base is made before this moment: the last attempt failed, and each costs as much as a success.
     compaction_after: Instant,
@@ -128,22 +142,50 @@ pub struct DocumentState {
     remote_heads: BTreeMap<StorageId, RemoteHeads>,
 }
 
-/// Changes of one message on their way into a graph.
+/// Changes of one message or of one received run on their way into a graph.
 pub struct Incoming {
     changes: std::collections::VecDeque<Change>,
     /// Those that have been offered, whatever became of them.
     offered: Vec<ChangeHash>,
-    permits: Option<Arc<[Permit; 2]>>,
+    permits: Option<Arc<[Permit]>>,
+    foreign: Option<Foreign>,
+    /// The placement group of the document if these changes create it.
+    group: Option<PlacementGroup>,
+}
+
+/// What is known of changes that did not come from a client.
+struct Foreign {
+    hashes: HashSet<ChangeHash>,
+    logged: Logged,
 }
 
 impl Incoming {
     /// Nothing.
     pub fn none() -> Self {
-        Self { changes: Default::default(), offered: Vec::new(), permits: None }
+        Self { changes: Default::default(), offered: Vec::new(), permits: None, foreign: None, group: None }
     }
 
-    pub fn new(changes: Vec<Change>, permits: [Permit; 2]) -> Self {
-        Self { changes: changes.into(), offered: Vec::new(), permits: Some(Arc::new(permits)) }
+    /// From a client, whose new documents are of this group.
+    pub fn new(changes: Vec<Change>, permits: Arc<[Permit]>, group: PlacementGroup) -> Self {
+        Self {
+            changes: changes.into(),
+            offered: Vec::new(),
+            permits: Some(permits),
+            foreign: None,
+            group: Some(group),
+        }
+    }
+
+    /// From another region, of a document of this group.
+    pub(super) fn foreign(
+        changes: Vec<Change>,
+        permits: Arc<[Permit]>,
+        logged: Logged,
+        group: &PlacementGroup,
+    ) -> Self {
+        let hashes = changes.iter().map(|change| change.hash).collect();
+        let foreign = Foreign { hashes, logged };
+        Self { foreign: Some(foreign), ..Self::new(changes, permits, group.clone()) }
     }
 
     /// Where those changes stand that are in the graph. To be asked when all have been offered: a later change of the
@@ -163,7 +205,51 @@ pub enum IngestStep {
     /// The next change refers to the inside of the base: attach the index and go on.
     NeedsIndex,
     /// The next change was refused and taken out.
-    Refused(Refusal),
+    Refused(Rejected),
+}
+
+/// A change that was refused.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rejected {
+    pub hash: ChangeHash,
+    pub refusal: Refusal,
+    /// The change that has its author's number already, if it is known.
+    pub other: Option<ChangeHash>,
+}
+
+impl std::fmt::Display for Rejected {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "change {}: {}", self.hash, self.refusal)?;
+        self.other.map_or(Ok(()), |other| write!(f, ": {other}"))
+    }
+}
+
+/// A document as it was found in storage.
+pub(super) struct Loaded {
+    pub(super) graph: Graph,
+    /// The base's generation; 0 without a base.
+    pub(super) generation: u64,
+    pub(super) group: PlacementGroup,
+    /// Storage knows it.
+    pub(super) exists: bool,
+    pub(super) quarantined: bool,
+    pub(super) deleted: bool,
+    /// Changes that are stored and lack a dependency.
+    pub(super) waiting: Vec<ChangeHash>,
+}
+
+impl Loaded {
+    pub(super) fn empty(group: PlacementGroup) -> Self {
+        Self {
+            graph: Graph::new(),
+            generation: 0,
+            group,
+            exists: false,
+            quarantined: false,
+            deleted: false,
+            waiting: Vec::new(),
+        }
+    }
 }
 
 /// What a session sends next.
@@ -182,19 +268,17 @@ pub enum Outgoing {
 }
 
 impl Document {
-    pub(super) fn new(
-        id: DocumentId,
-        graph: Graph,
-        generation: u64,
-        quarantined: bool,
-        pending: PendingRoom,
-    ) -> Self {
+    pub(super) fn new(id: DocumentId, loaded: Loaded, pending: PendingRoom) -> Self {
         let now = Instant::now();
-        pending.changed(0, graph.pending_bytes());
+        pending.changed(0, loaded.graph.pending_bytes());
         let state = DocumentState {
-            graph,
-            generation,
-            quarantined,
+            graph: loaded.graph,
+            generation: loaded.generation,
+            group: loaded.group,
+            placed: loaded.exists,
+            quarantined: loaded.quarantined,
+            deleted: loaded.deleted,
+            waiting: loaded.waiting.into_iter().map(|hash| (hash, Logged::Stored)).collect(),
             compacting: false,
             compaction_after: now,
             last_commit: now,
@@ -221,13 +305,34 @@ impl Document {
     /// grown enough for a new base.
     pub fn committed(&self, end: u64) -> bool {
         let mut state = self.lock();
+        if state.deleted {
+            return false;
+        }
         state.graph.advance_durable(end);
         state.last_commit = Instant::now();
         state.mark_all();
         state.claim_compaction(BASE_CHANGES_MIN, BASE_FRACTION)
     }
 
-    /// Offers the next changes to the graph and submits what was staged.
+    /// Records that the document was deleted for good, lets go of what it held, and marks every subscriber.
+    pub(super) fn delete(&self) {
+        let mut state = self.lock();
+        if std::mem::replace(&mut state.deleted, true) {
+            return;
+        }
+        self.pending.changed(state.graph.pending_bytes(), 0);
+        let graph = std::mem::take(&mut state.graph);
+        state.waiting = HashMap::new();
+        state.shared = None;
+        state.base_chunk = None;
+        state.compacting = false;
+        state.mark_all();
+        drop(state);
+        // Freeing a large graph takes longer than all else: nobody waits for it.
+        drop(graph);
+    }
+
+    /// Offers the next changes to the graph and submits what was staged. Nothing is taken of a deleted document's.
     pub fn ingest(
         self: &Arc<Self>,
         incoming: &mut Incoming,
@@ -235,18 +340,86 @@ impl Document {
         limits: &Limits,
     ) -> IngestStep {
         let mut state = self.lock();
+        if state.deleted {
+            incoming.changes.clear();
+            return IngestStep::Done;
+        }
         let start = state.graph.staged_end();
         let pending_before = state.graph.pending_bytes();
-        let step = state.offer(incoming, &self.pending.limits(limits, pending_before));
+        let step = match &incoming.foreign {
+            // Another region has accepted them: they are taken in whatever room there is.
+            Some(_) => {
+                state.place(incoming.group.as_ref());
+                state.offer(incoming, &Limits::stored())
+            }
+            None => state.offer(incoming, &self.pending.limits(limits, pending_before)),
+        };
         self.pending.changed(pending_before, state.graph.pending_bytes());
         let end = state.graph.staged_end();
         if end > start {
-            let changes = state.graph.changes(start..end);
-            let changes = changes.map(|(hash, bytes)| StoredChange { hash, bytes: bytes.clone() }).collect();
+            // Whoever waited for the document first did not create it.
+            state.place(incoming.group.as_ref());
+            let changes = state.staged(start..end, incoming.foreign.as_ref());
             let permits = incoming.permits.clone().expect("whoever brings changes has room for them");
-            committer.submit(Submission { document: self.clone(), changes, end, permits });
+            let group = state.group.clone();
+            committer.submit(Submission { document: self.clone(), group, changes, end, permits });
         }
         step
+    }
+
+    /// Those of the changes that have no place in the graph: they are pending, were refused, or were not offered.
+    pub(super) fn unplaced(&self, changes: &[Change]) -> Vec<StoredChange> {
+        let state = self.lock();
+        let unplaced = changes.iter().filter(|change| state.graph.position(&change.hash).is_none());
+        unplaced.map(|it| StoredChange { hash: it.hash, bytes: it.bytes.clone() }).collect()
+    }
+
+    /// Notes that these changes are stored: those that are pending need not be when they are complete.
+    pub(super) fn note_stored<'a>(&self, hashes: impl Iterator<Item = &'a ChangeHash>) {
+        let mut state = self.lock();
+        for hash in hashes {
+            if let Some(logged) = state.waiting.get_mut(hash) {
+                *logged = Logged::Stored;
+            }
+        }
+    }
+
+    /// Changes of other origins that the graph dropped, because something they waited for broke a rule or they did. Each is
+    /// named once.
+    pub(super) fn take_dropped(&self) -> Vec<ChangeHash> {
+        let mut state = self.lock();
+        let DocumentState { waiting, graph, .. } = &mut *state;
+        waiting.extract_if(|hash, _| !graph.is_pending(hash)).map(|(hash, _)| hash).collect()
+    }
+
+    /// Takes a base into an empty document. Returns false, and changes nothing, if it is not empty any more.
+    pub(super) fn adopt_base(&self, generation: u64, summary: BaseSummary, group: &PlacementGroup) -> bool {
+        let mut state = self.lock();
+        let is_empty = state.graph.staged_end() == 0 && state.graph.pending_count() == 0;
+        if !is_empty || state.deleted || state.generation != 0 {
+            return false;
+        }
+        state.graph = Graph::from_base(summary);
+        state.generation = generation;
+        state.place(Some(group));
+        state.last_commit = Instant::now();
+        state.mark_all();
+        true
+    }
+
+    /// How many changes wait for a dependency.
+    pub fn pending_count(&self) -> usize {
+        self.lock().graph.pending_count()
+    }
+
+    pub fn group(&self) -> PlacementGroup {
+        self.lock().group.clone()
+    }
+
+    /// The group, once it is settled: the document exists, or is about to.
+    pub fn settled_group(&self) -> Option<PlacementGroup> {
+        let state = self.lock();
+        state.placed.then(|| state.group.clone())
     }
 
     /// Attaches the index of this generation's base. Nothing happens if the document has another base by now.
@@ -302,19 +475,30 @@ impl Document {
         }
     }
 
-    /// Relays a presence frame to every other subscriber. Returns how many frames were dropped for slow ones; nothing
-    /// happens if the message is a repetition or out of date.
-    pub fn relay(&self, from: SubscriberKey, message: crate::outbox::Ephemeral) -> u64 {
+    /// Relays a presence frame to every subscriber but the one it came from. Returns how many frames were dropped for slow
+    /// ones; nothing if the message is a repetition or out of date.
+    pub fn relay(&self, from: Option<SubscriberKey>, message: &Arc<Ephemeral>) -> Option<u64> {
         let mut state = self.lock();
-        if !state.presence.is_news(&message.sender, &message.session, message.count) {
-            return 0;
+        if state.deleted || !state.presence.is_news(&message.sender, &message.session, message.count) {
+            return None;
         }
-        let message = Arc::new(message);
-        let others = state.subscribers.iter().enumerate().filter(|(place, _)| *place != from.0);
-        others
+        let others = state.subscribers.iter().enumerate();
+        let others = others.filter(|(place, _)| from.is_none_or(|from| from.0 != *place));
+        let dropped = others
             .filter_map(|(_, subscriber)| subscriber.as_ref())
-            .map(|subscriber| subscriber.outbox.push(LossyFrame::Ephemeral(message.clone())))
-            .sum()
+            .map(|subscriber| subscriber.outbox.push(LossyFrame::Ephemeral(message.clone())));
+        Some(dropped.sum())
+    }
+
+    pub(super) fn has_subscribers(&self) -> bool {
+        self.lock().subscriber_count > 0
+    }
+
+    /// Has a subscriber's connection look at it again.
+    pub fn mark(&self, key: SubscriberKey) {
+        if let Some(Some(subscriber)) = self.lock().subscribers.get_mut(key.0) {
+            subscriber.mark();
+        }
     }
 
     /// Notes what another storage has, if it is newer than what is known, and tells those who watch.
@@ -391,21 +575,66 @@ impl DocumentState {
             let Some(change) = incoming.changes.pop_front() else { return IngestStep::Done };
             let hash = change.hash;
             let again = (self.graph.has_base() && !self.graph.has_index()).then(|| change.clone());
+            let numbered = (change.actor.clone(), change.seq);
             match self.graph.ingest(change, limits) {
                 Ok(Ingested::NeedsIndex) => {
                     let again = again.expect("only a graph without its index asks for it");
                     incoming.changes.push_front(again);
                     return IngestStep::NeedsIndex;
                 }
-                Ok(Ingested::Known | Ingested::Pending | Ingested::Staged(_)) => incoming.offered.push(hash),
-                Err(refusal) => return IngestStep::Refused(refusal),
+                Ok(Ingested::Staged(_)) => incoming.offered.push(hash),
+                Ok(Ingested::Known | Ingested::Pending) => {
+                    incoming.offered.push(hash);
+                    if let Some(foreign) = &incoming.foreign
+                        && self.graph.is_pending(&hash)
+                    {
+                        self.waiting.insert(hash, foreign.logged);
+                    }
+                }
+                Err(refusal) => {
+                    let other = match refusal {
+                        Refusal::SeqReused { .. } => change_numbered(&self.graph, &numbered.0, numbered.1),
+                        _ => None,
+                    };
+                    return IngestStep::Refused(Rejected { hash, refusal, other });
+                }
             }
         }
         IngestStep::More
     }
 
-    pub fn is_quarantined(&self) -> bool {
-        self.quarantined
+    /// Settles the group, unless that was done.
+    fn place(&mut self, group: Option<&PlacementGroup>) {
+        if !std::mem::replace(&mut self.placed, true)
+            && let Some(group) = group
+        {
+            self.group = group.clone();
+        }
+    }
+
+    /// The changes at these positions, each with who logs it.
+    fn staged(&mut self, positions: std::ops::Range<u64>, foreign: Option<&Foreign>) -> Vec<Staged> {
+        let Self { graph, waiting, .. } = self;
+        let staged = graph.changes(positions).map(|(hash, bytes)| {
+            let waited = waiting.remove(&hash);
+            let came = foreign.filter(|it| it.hashes.contains(&hash)).map(|it| it.logged);
+            // Stored is stored, whichever of the two says so.
+            let logged = match (waited, came) {
+                (Some(Logged::Stored), _) => Logged::Stored,
+                (waited, came) => came.or(waited).unwrap_or(Logged::Own),
+            };
+            Staged { change: StoredChange { hash, bytes: bytes.clone() }, logged }
+        });
+        staged.collect()
+    }
+
+    /// Whether the document is out of service: quarantined, or deleted.
+    pub fn is_withheld(&self) -> bool {
+        self.quarantined || self.deleted
+    }
+
+    pub fn is_deleted(&self) -> bool {
+        self.deleted
     }
 
     pub fn graph(&self) -> &Graph {
@@ -413,11 +642,7 @@ impl DocumentState {
     }
 
     fn mark_all(&mut self) {
-        for subscriber in self.subscribers.iter_mut().flatten() {
-            if !std::mem::replace(&mut subscriber.marked, true) {
-                subscriber.outbox.mark(subscriber.slot);
-            }
-        }
+        self.subscribers.iter_mut().flatten().for_each(Subscriber::mark);
     }
 
     pub(super) fn quarantine(&mut self) {
@@ -443,7 +668,7 @@ impl DocumentState {
         let tail = self.graph.durable_end() - covered;
         let due = tail >= TAIL_CHANGES_KEPT + least.max(covered / fraction)
             && Instant::now() >= self.compaction_after;
-        due && !self.quarantined && !std::mem::replace(&mut self.compacting, true)
+        due && !self.is_withheld() && !std::mem::replace(&mut self.compacting, true)
     }
 
     /// What the session of a subscriber has to say now. What is answered counts as sent.
@@ -458,7 +683,7 @@ impl DocumentState {
             subscriber.marked = false;
         }
         self.last_used = Instant::now();
-        if self.quarantined {
+        if self.is_withheld() {
             return Some(Outgoing::Unavailable);
         }
         Some(match session.generate(&self.graph)? {
@@ -486,6 +711,16 @@ impl DocumentState {
     fn shared(&self, key: SharedKey) -> Option<Arc<SharedSyncFrame>> {
         self.shared.as_ref().filter(|(have, _)| *have == key).map(|(_, frame)| frame.clone())
     }
+}
+
+/// The tail's change of this author with this number. Only asked for when two have it, so it may take long.
+pub(super) fn change_numbered(graph: &Graph, actor: &ActorId, seq: u64) -> Option<ChangeHash> {
+    let limits = Limits::stored();
+    let mut tail = graph.changes(graph.tail_start()..graph.staged_end());
+    let found = tail.find(|(_, bytes)| {
+        Change::decode((*bytes).clone(), &limits).is_ok_and(|it| it.seq == seq && it.actor == *actor)
+    });
+    found.map(|(hash, _)| hash)
 }
 
 /// Puts the changes of a V2 message into one entry, as stock peers send them.

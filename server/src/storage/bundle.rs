@@ -2,7 +2,7 @@
 //!
 //! One append writes one bundle per document rather than a row per change: hashes are random, so an index over them
 //! would touch a page for each change, while bundles of a document stand behind each other. A bundle's key is
-//! (document, origin, seq of its first change), so a section of a log run names its bundle. Its two columns are
+//! (document, origin, seq of its first change's log entry). Its two columns are
 //!
 //! ```text
 //! hashes  = hash*              32 bytes each
@@ -16,7 +16,7 @@
 use std::collections::HashSet;
 
 use bytes::Bytes;
-use isobar_protocol::ids::{ChangeHash, DocumentId, Seq};
+use isobar_protocol::ids::{ChangeHash, DocumentId, OriginId, Seq};
 
 use super::packing::{push_leb128, take, take_leb128};
 use super::{DocumentAppend, StorageError, StoredChange};
@@ -28,22 +28,27 @@ const BUNDLE_BYTES_MAX: usize = 256 << 10;
 /// Changes of one document that were appended together.
 pub(super) struct Bundle<'a> {
     pub document: &'a DocumentId,
-    /// The log entry of the bundle's first change; the others follow.
+    pub origin: OriginId,
+    /// The log entry of the bundle's first change.
     pub first: Seq,
     pub hashes: Vec<u8>,
     pub changes: Vec<u8>,
 }
 
 impl<'a> Bundle<'a> {
-    fn of(document: &'a DocumentId, first: Seq, changes: &[StoredChange]) -> Self {
-        let bytes: usize = changes.iter().map(|change| change.bytes.len() + 4).sum();
+    /// # Panics
+    /// If there are no changes.
+    fn of(append: &'a DocumentAppend, changes: &[(Seq, StoredChange)]) -> Self {
+        let (first, _) = changes.first().expect("a bundle holds at least one change");
+        let bytes: usize = changes.iter().map(|(_, change)| change.bytes.len() + 4).sum();
         let mut bundle = Self {
-            document,
-            first,
+            document: &append.document,
+            origin: append.origin,
+            first: *first,
             hashes: Vec::with_capacity(changes.len() * 32),
             changes: Vec::with_capacity(bytes),
         };
-        for change in changes {
+        for (_, change) in changes {
             bundle.hashes.extend_from_slice(change.hash.as_bytes());
             push_leb128(&mut bundle.changes, change.bytes.len() as u64);
             bundle.changes.extend_from_slice(&change.bytes);
@@ -52,27 +57,27 @@ impl<'a> Bundle<'a> {
     }
 }
 
-/// Bundles a batch whose first log entry is `first`, in the order of their documents: neighbours go to the same page.
-pub(super) fn bundle(first: Seq, batch: &[DocumentAppend]) -> Vec<Bundle<'_>> {
+/// Bundles a batch's changes, in the order of their documents: neighbours go to the same page.
+pub(super) fn bundle(batch: &[DocumentAppend]) -> Vec<Bundle<'_>> {
     let mut bundles = Vec::with_capacity(batch.len());
-    let mut next = first;
     for append in batch {
         let mut rest = &append.changes[..];
         while !rest.is_empty() {
             let (now, later) = rest.split_at(fitting(rest));
-            bundles.push(Bundle::of(&append.document, next, now));
-            next = Seq(next.0 + now.len() as u64);
+            bundles.push(Bundle::of(append, now));
             rest = later;
         }
     }
-    bundles.sort_by(|bundle, other| (bundle.document, bundle.first).cmp(&(other.document, other.first)));
+    bundles.sort_by(|bundle, other| {
+        (bundle.document, bundle.origin, bundle.first).cmp(&(other.document, other.origin, other.first))
+    });
     bundles
 }
 
 /// How many of the changes go into one bundle: at least one.
-fn fitting(changes: &[StoredChange]) -> usize {
+fn fitting(changes: &[(Seq, StoredChange)]) -> usize {
     let mut bytes = 0;
-    let within = changes.iter().take_while(|change| {
+    let within = changes.iter().take_while(|(_, change)| {
         bytes += change.bytes.len();
         bytes <= BUNDLE_BYTES_MAX
     });
@@ -147,6 +152,7 @@ fn coverage(hashes: &[u8], covered: &HashSet<ChangeHash>) -> Coverage {
 }
 
 /// A bundle of one document as pruning finds it, without its changes.
+#[derive(sqlx::FromRow)]
 pub(super) struct FoundBundle {
     pub origin: Vec<u8>,
     pub first_seq: i64,
@@ -198,6 +204,9 @@ pub(super) fn without(
 
 #[cfg(test)]
 mod tests {
+    use isobar_protocol::ids::PlacementGroup;
+    use uuid::Uuid;
+
     use super::*;
 
     fn change(number: u8, bytes: usize) -> StoredChange {
@@ -208,72 +217,78 @@ mod tests {
         DocumentId::from_slice(&[number; 16]).unwrap()
     }
 
+    fn append(to: u8, changes: Vec<(u64, StoredChange)>) -> DocumentAppend {
+        DocumentAppend {
+            document: document(to),
+            group: PlacementGroup::new("everywhere").unwrap(),
+            origin: OriginId(Uuid::from_u128(1)),
+            changes: changes.into_iter().map(|(seq, change)| (Seq(seq), change)).collect(),
+        }
+    }
+
+    /// The columns of a bundle of these changes.
+    fn columns(changes: &[StoredChange]) -> (Vec<u8>, Bytes) {
+        let append = append(1, (1..).zip(changes.iter().cloned()).collect());
+        let bundle = Bundle::of(&append, &append.changes);
+        (bundle.hashes, bundle.changes.into())
+    }
+
     fn unpacked(bundle: &Bundle<'_>) -> Vec<StoredChange> {
         unpack(&bundle.hashes, &Bytes::copy_from_slice(&bundle.changes)).unwrap()
     }
 
     #[test]
     fn a_batch_becomes_a_bundle_per_document_keyed_by_its_first_entry() {
-        let batch = [
-            DocumentAppend { document: document(2), changes: vec![change(1, 10), change(2, 0)] },
-            DocumentAppend { document: document(1), changes: vec![change(3, 200)] },
-        ];
-        let bundles = bundle(Seq(7), &batch);
+        let batch =
+            [append(2, vec![(7, change(1, 10)), (10, change(2, 0))]), append(1, vec![(9, change(3, 200))])];
+        let bundles = bundle(&batch);
         let keys: Vec<_> = bundles.iter().map(|bundle| (bundle.document.clone(), bundle.first.0)).collect();
         assert_eq!(keys, [(document(1), 9), (document(2), 7)]);
-        assert_eq!(unpacked(&bundles[0]), batch[1].changes);
-        assert_eq!(unpacked(&bundles[1]), batch[0].changes);
+        assert_eq!(unpacked(&bundles[0]), [change(3, 200)]);
+        assert_eq!(unpacked(&bundles[1]), [change(1, 10), change(2, 0)]);
     }
 
     #[test]
-    fn large_changes_make_bundles_of_their_own() {
+    fn large_changes_make_bundles_of_their_own_each_keyed_by_its_first_entry() {
         let half = BUNDLE_BYTES_MAX / 2;
         let sizes = [half, half, 1, 3 * half, 1];
         let changes: Vec<_> = sizes.iter().zip(0..).map(|(&size, number)| change(number, size)).collect();
-        let batch = [DocumentAppend { document: document(1), changes: changes.clone() }];
-        let bundles = bundle(Seq(1), &batch);
+        let batch = [append(1, [1, 5, 6, 8, 9].into_iter().zip(changes.iter().cloned()).collect())];
+        let bundles = bundle(&batch);
         let firsts: Vec<_> = bundles.iter().map(|bundle| bundle.first.0).collect();
-        assert_eq!(firsts, [1, 3, 4, 5]);
+        assert_eq!(firsts, [1, 6, 8, 9]);
         assert!(bundles.iter().flat_map(unpacked).eq(changes));
     }
 
     #[test]
     fn a_tail_holds_each_change_once_and_the_first_counts() {
         let mut tail = Tail::default();
-        let bundle = |changes: &[StoredChange]| {
-            let document = document(1);
-            let bundle = Bundle::of(&document, Seq(1), changes);
-            (bundle.hashes, Bytes::from(bundle.changes))
-        };
-        let (hashes, changes) = bundle(&[change(2, 4), change(1, 9)]);
+        let (hashes, changes) = columns(&[change(2, 4), change(1, 9)]);
         tail.push(Seq(2), &hashes, &changes).unwrap();
-        let (hashes, changes) = bundle(&[change(1, 5)]);
+        let (hashes, changes) = columns(&[change(1, 5)]);
         tail.push(Seq(1), &hashes, &changes).unwrap();
         assert_eq!(tail.into_changes(), [change(1, 5), change(2, 4)]);
     }
 
     #[test]
     fn covered_changes_leave_a_bundle_and_the_others_stay() {
-        let document = document(1);
-        let whole = Bundle::of(&document, Seq(1), &[change(1, 300), change(2, 2), change(3, 0)]);
+        let (hashes, changes) = columns(&[change(1, 300), change(2, 2), change(3, 0)]);
         let covers = |numbers: &[u8]| numbers.iter().map(|&number| ChangeHash([number; 32])).collect();
-        assert_eq!(coverage(&whole.hashes, &covers(&[7])), Coverage::None);
-        assert_eq!(coverage(&whole.hashes, &covers(&[2, 7])), Coverage::Part);
-        assert_eq!(coverage(&whole.hashes, &covers(&[1, 2, 3, 7])), Coverage::Whole);
-        let (hashes, changes) = without(&whole.hashes, &whole.changes.into(), &covers(&[2])).unwrap();
+        assert_eq!(coverage(&hashes, &covers(&[7])), Coverage::None);
+        assert_eq!(coverage(&hashes, &covers(&[2, 7])), Coverage::Part);
+        assert_eq!(coverage(&hashes, &covers(&[1, 2, 3, 7])), Coverage::Whole);
+        let (hashes, changes) = without(&hashes, &changes, &covers(&[2])).unwrap();
         assert_eq!(unpack(&hashes, &changes.into()).unwrap(), [change(1, 300), change(3, 0)]);
     }
 
     #[test]
     fn damaged_bundles_are_refused_and_never_panic() {
-        let document = document(1);
-        let whole = Bundle::of(&document, Seq(1), &[change(1, 300), change(2, 2)]);
-        let changes = Bytes::from(whole.changes);
+        let (hashes, changes) = columns(&[change(1, 300), change(2, 2)]);
         for length in 0..changes.len() {
-            assert!(unpack(&whole.hashes, &changes.slice(..length)).is_err(), "changes cut to {length}");
+            assert!(unpack(&hashes, &changes.slice(..length)).is_err(), "changes cut to {length}");
         }
-        for length in 0..whole.hashes.len() {
-            assert!(unpack(&whole.hashes[..length], &changes).is_err(), "hashes cut to {length}");
+        for length in 0..hashes.len() {
+            assert!(unpack(&hashes[..length], &changes).is_err(), "hashes cut to {length}");
         }
     }
 }

@@ -1,215 +1,264 @@
-//! How a run of consecutive log entries is packed into one row, and what a refused append turns out to be.
+//! Runs of log entries as storage sees them: which of them a reader gets, what a refused append turns out to be, and how
+//! a deleted document's changes leave them.
 //!
-//! One append writes one run. An entry's seq is not stored: it follows from the run's first seq and the entry's
-//! place. A run is, in this order and without padding:
-//!
-//! ```text
-//! run      = version section*          version: one byte, 1
-//! section  = id_length id count hash*  id_length: one byte; count: unsigned LEB128, at least 1
-//! hash     = 32 bytes
-//! ```
-//!
-//! A section holds entries of one document that follow each other, so that an id stands once for all of them. The
-//! same batch always packs to the same bytes; that is what a repeated append is recognised by.
+//! A run's body is packed by [`isobar_protocol::log`], and opaque here except to [`erase`].
 
-use isobar_protocol::ids::{ChangeHash, DocumentId, Incarnation, Seq};
+use bytes::Bytes;
+use isobar_protocol::ids::{DocumentId, Incarnation, Seq};
+use isobar_protocol::log::{self, Chain};
 
-use super::packing::{push_leb128, take, take_leb128};
-use super::{ClaimedOrigin, DocumentAppend, LogEntry, StorageError};
+use super::{Batch, RunAppend, StorageError, StoredRun, Writer};
 
-const VERSION: u8 = 1;
+/// How many runs a search for a deleted document's changes looks at in one step.
+pub(super) const RUNS_SEARCHED_MAX: i64 = 256;
 
-/// A stored run that does not decode: the database is damaged, or a newer program wrote it.
+/// The kind of a section of changes in a body.
+const KIND_CHANGES: u8 = 0;
+
+/// Stored runs that do not follow each other, or do not end where the counter stands: the database is damaged.
 #[derive(Debug, thiserror::Error)]
-#[error("log run {first:?}..={last:?} does not decode")]
-pub(super) struct DamagedRun {
+#[error("the log has a hole: after {after:?} comes a run of {first:?}..={last:?}")]
+struct Hole {
+    after: Seq,
     first: Seq,
     last: Seq,
 }
 
-/// A run of entries as it is stored.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct LogRun {
-    pub first: Seq,
-    pub last: Seq,
-    pub entries: Vec<u8>,
-}
-
-impl LogRun {
-    /// Packs a batch; `None` if it holds no change.
-    ///
-    /// # Panics
-    /// If `first` is 0, or the seqs would exceed what the databases count with (2^63 − 1).
-    pub fn pack(first: Seq, batch: &[DocumentAppend]) -> Option<Self> {
-        assert!(first.0 > 0, "the first entry of a log is 1");
-        let count: u64 = batch.iter().map(|append| append.changes.len() as u64).sum();
-        let end = first.0.checked_add(count).expect("seqs stay below 2^63");
-        assert!(i64::try_from(end).is_ok(), "seqs stay below 2^63");
-        let last = Seq(end - 1);
-        let mut entries = Vec::with_capacity(1 + batch.len() * 20 + count as usize * 32);
-        entries.push(VERSION);
-        for append in batch.iter().filter(|append| !append.changes.is_empty()) {
-            let id = append.document.as_bytes();
-            entries.push(u8::try_from(id.len()).expect("a document id is at most 64 bytes"));
-            entries.extend_from_slice(id);
-            push_leb128(&mut entries, append.changes.len() as u64);
-            append.changes.iter().for_each(|change| entries.extend_from_slice(change.hash.as_bytes()));
-        }
-        (count > 0).then_some(Self { first, last, entries })
+/// Checks what every implementation relies on.
+///
+/// # Panics
+/// If a run is empty, begins at 0, exceeds what the databases count with (2^63 − 1) or comes twice in its origin, or if
+/// a document's changes are none or not ascending: these would corrupt the log.
+pub(super) fn check(batch: &Batch) {
+    for (place, run) in batch.runs.iter().enumerate() {
+        assert!(run.first.0 > 0, "the first entry of a log is 1");
+        assert!(run.first <= run.last, "a run holds at least one entry");
+        assert!(i64::try_from(run.last.0).is_ok(), "seqs stay below 2^63");
+        let others = &batch.runs[..place];
+        assert!(others.iter().all(|other| other.origin != run.origin), "an origin has one run in a batch");
     }
-
-    /// The entries of the run with a seq above `after`, at most `limit` of them.
-    pub fn unpack(&self, after: Seq, limit: usize) -> Result<Vec<LogEntry>, DamagedRun> {
-        let mut unpacked = Vec::new();
-        let end = decode(&self.entries, self.first, |seq, document, hash| {
-            if seq > after && unpacked.len() < limit {
-                unpacked.push(LogEntry { seq, document: document.clone(), hash });
-            }
-        });
-        match end {
-            Some(end) if end.0 == self.last.0 + 1 => Ok(unpacked),
-            _ => Err(DamagedRun { first: self.first, last: self.last }),
-        }
+    for append in &batch.changes {
+        assert!(!append.changes.is_empty(), "an append holds at least one change");
+        let seqs = append.changes.iter().map(|(seq, _)| *seq);
+        assert!(
+            seqs.is_sorted_by(|seq, next| seq < next),
+            "a document's changes are in the order of their seqs"
+        );
     }
 }
 
-/// Calls `each` for every entry and returns the seq after the last one; `None` if the bytes are not a run.
-fn decode(mut bytes: &[u8], first: Seq, mut each: impl FnMut(Seq, &DocumentId, ChangeHash)) -> Option<Seq> {
-    if take(&mut bytes, 1)? != [VERSION] {
-        return None;
-    }
-    let mut seq = first;
-    while !bytes.is_empty() {
-        let id_length = usize::from(take(&mut bytes, 1)?[0]);
-        let document = DocumentId::from_slice(take(&mut bytes, id_length)?).ok()?;
-        let count = usize::try_from(take_leb128(&mut bytes)?).ok()?;
-        for hash in take(&mut bytes, count.checked_mul(32)?)?.chunks_exact(32) {
-            each(seq, &document, ChangeHash::from_slice(hash).ok()?);
-            seq = Seq(seq.0 + 1);
-        }
-    }
-    Some(seq)
-}
-
-/// Gathers up to `limit` entries after `after` from runs that follow each other (clause 8).
-pub(super) fn gather(runs: &[LogRun], after: Seq, limit: usize) -> Result<Vec<LogEntry>, StorageError> {
+/// What a reader at `after` gets of an origin whose counter stands at `seq`: `runs` are those that end after `after`
+/// (clause 8).
+pub(super) fn gather(seq: Seq, after: Seq, runs: Vec<StoredRun>) -> Result<Vec<StoredRun>, StorageError> {
     let Some(oldest) = runs.first() else {
-        return Ok(Vec::new());
+        return if after < seq { Err(StorageError::Truncated { floor: seq }) } else { Ok(runs) };
     };
     if oldest.first.0 > after.0 + 1 {
         return Err(StorageError::Truncated { floor: Seq(oldest.first.0 - 1) });
     }
-    let mut entries: Vec<LogEntry> = Vec::new();
-    let mut next = oldest.first;
-    for run in runs {
-        if run.first != next {
-            return Err(StorageError::Fatal(Box::new(DamagedRun { first: next, last: run.last })));
-        }
-        next = Seq(run.last.0 + 1);
-        let more = run.unpack(after, limit - entries.len());
-        entries.extend(more.map_err(|damage| StorageError::Fatal(Box::new(damage)))?);
-        if entries.len() == limit {
-            break;
+    for (run, next) in runs.iter().zip(&runs[1..]) {
+        if next.first.0 != run.last.0 + 1 {
+            let hole = Hole { after: run.last, first: next.first, last: next.last };
+            return Err(StorageError::Fatal(Box::new(hole)));
         }
     }
-    Ok(entries)
+    Ok(runs)
 }
 
-/// What an implementation finds in place of the counter that an append expected.
+/// What an implementation finds in place of the counter that a run expected.
 pub(super) struct FoundCounter {
     pub incarnation: Incarnation,
     pub seq: Seq,
-    /// The run that ends where the refused batch would have ended.
-    pub run_at_end: Option<LogRun>,
+    pub chain: Chain,
+    /// The run that ends where the refused run would have ended.
+    pub run_at_end: Option<StoredRun>,
 }
 
-/// Decides about an append whose counter was not where it should be (clauses 4 and 5): it is already stored, or
-/// the origin was claimed by another node.
+impl FoundCounter {
+    /// Whether `run` is stored. A deletion may have changed its body since; the chain says the same then.
+    fn holds(&self, run: &RunAppend) -> bool {
+        let same_body =
+            |found: &StoredRun| found.body == run.body || (self.seq == run.last && self.chain == run.chain);
+        self.run_at_end.as_ref().is_some_and(|found| {
+            found.first == run.first && found.chain_before == run.chain_before && same_body(found)
+        })
+    }
+}
+
+/// Decides about a batch of which some counter was not where it should be (clauses 4 and 5). `found` has what each of
+/// `runs` met; `None` for an origin that is not known. Nothing of the batch was stored by the attempt that was refused.
 ///
 /// # Panics
-/// If the incarnation is current and the batch is not the one that was stored last: two writers share an
-/// incarnation.
-pub(super) fn judge_refused(
-    origin: &ClaimedOrigin,
-    run: &LogRun,
-    found: FoundCounter,
-) -> Result<Seq, StorageError> {
-    let already_stored = found.run_at_end.as_ref() == Some(run);
-    let current = found.incarnation == origin.incarnation;
-    // A batch that committed before the origin was claimed is safe, and saying otherwise would be untrue.
-    if already_stored && (!current || found.seq == run.last) {
-        return Ok(run.last);
+/// If the incarnation of an own run is current, and the run neither follows the last one nor is it: two writers share
+/// an incarnation.
+pub(super) fn judge_refused(runs: &[RunAppend], found: &[Option<FoundCounter>]) -> Result<(), StorageError> {
+    if is_stored(runs, found) {
+        return Ok(());
     }
-    assert!(
-        !current,
-        "origin {:?} stands at {:?}, but its only writer expected to append {:?}..={:?}: two writers share {:?}",
-        origin.id, found.seq, run.first, run.last, origin.incarnation
-    );
-    Err(StorageError::Fenced { origin: origin.id, ours: origin.incarnation })
+    for (run, found) in runs.iter().zip(found) {
+        let Writer::Own { incarnation } = run.writer else { continue };
+        let Some(found) = found else {
+            return Err(StorageError::Fatal(
+                format!("origin {:?} is not in the database", run.origin).into(),
+            ));
+        };
+        if found.incarnation != incarnation {
+            return Err(StorageError::Fenced { origin: run.origin, ours: incarnation });
+        }
+        assert!(
+            found.seq.0 + 1 == run.first.0,
+            "origin {:?} stands at {:?}, but its only writer expected to append {:?}..={:?}: two writers share {:?}",
+            run.origin,
+            found.seq,
+            run.first,
+            run.last,
+            incarnation
+        );
+    }
+    for (run, found) in runs.iter().zip(found) {
+        let seq = found.as_ref().map_or(Seq(0), |found| found.seq);
+        if matches!(run.writer, Writer::Other { .. }) && seq.0 + 1 != run.first.0 {
+            return Err(StorageError::OutOfStep { origin: run.origin, seq });
+        }
+    }
+    Err(StorageError::Transient("another node was appending at the same moment".into()))
+}
+
+/// Whether the batch had committed before. A run of this node's own is there only if the whole batch is; the runs of
+/// other regions' origins may have been stored by another node, and count if they are the same.
+fn is_stored(runs: &[RunAppend], found: &[Option<FoundCounter>]) -> bool {
+    let has_own = runs.iter().any(|run| matches!(run.writer, Writer::Own { .. }));
+    runs.iter().zip(found).all(|(run, found)| {
+        let Some(found) = found else { return false };
+        match run.writer {
+            // A batch that committed before the origin was claimed is safe, and saying otherwise would be untrue.
+            Writer::Own { incarnation } => {
+                found.holds(run) && (found.incarnation != incarnation || found.seq == run.last)
+            }
+            Writer::Other { .. } => found.seq >= run.last && (has_own || found.holds(run)),
+        }
+    })
+}
+
+/// What a body holds wherever it holds changes of `document`: the beginning of a section. It may stand elsewhere by
+/// chance.
+pub(super) fn needle(document: &DocumentId) -> Vec<u8> {
+    let id = document.as_bytes();
+    let id_bytes = u8::try_from(id.len()).expect("a document id is at most 64 bytes");
+    [&[KIND_CHANGES, id_bytes], id].concat()
+}
+
+/// A run's body without the changes of `documents`; `None` if it holds none of them (clause 12).
+pub(super) fn erase(body: &Bytes, documents: &[&DocumentId]) -> Result<Option<Bytes>, StorageError> {
+    let mut erased: Option<Bytes> = None;
+    for document in documents {
+        let current = erased.as_ref().unwrap_or(body);
+        let needle = needle(document);
+        if !current.windows(needle.len()).any(|window| window == needle) {
+            continue;
+        }
+        let without = log::erase(current, document).map_err(|error| StorageError::Fatal(Box::new(error)))?;
+        erased = without.map(Bytes::from).or(erased);
+    }
+    Ok(erased)
 }
 
 #[cfg(test)]
 mod tests {
-    use bytes::Bytes;
+    use isobar_protocol::ids::{OriginId, PlacementGroup, RegionName};
+    use uuid::Uuid;
 
     use super::*;
-    use crate::storage::StoredChange;
 
-    fn append(document: u8, hashes: &[u8]) -> DocumentAppend {
-        DocumentAppend {
-            document: DocumentId::from_slice(&[document; 16]).unwrap(),
-            changes: hashes
-                .iter()
-                .map(|&hash| StoredChange { hash: ChangeHash([hash; 32]), bytes: Bytes::new() })
-                .collect(),
+    fn chain(number: u64) -> Chain {
+        let mut bytes = [0; 16];
+        bytes[..8].copy_from_slice(&number.to_be_bytes());
+        Chain(bytes)
+    }
+
+    fn run(first: u64, last: u64, writer: Writer) -> RunAppend {
+        RunAppend {
+            origin: OriginId(Uuid::from_u128(7)),
+            writer,
+            group: PlacementGroup::new("everywhere").unwrap(),
+            first: Seq(first),
+            last: Seq(last),
+            chain_before: chain(first - 1),
+            chain: chain(last),
+            body: Bytes::from(format!("{first} to {last}")),
         }
     }
 
-    #[test]
-    fn a_run_unpacks_to_the_entries_that_were_packed() {
-        let run = LogRun::pack(Seq(5), &[append(1, &[10, 11]), append(2, &[20])]).unwrap();
-        assert_eq!(run.last, Seq(7));
-        assert_eq!(run.entries.len(), 1 + 2 * 18 + 3 * 32);
-        let seen: Vec<_> = run.unpack(Seq(0), 10).unwrap();
-        let short: Vec<_> = seen.iter().map(|e| (e.seq.0, e.document.as_bytes()[0], e.hash.0[0])).collect();
-        assert_eq!(short, [(5, 1, 10), (6, 1, 11), (7, 2, 20)]);
-        assert_eq!(run.unpack(Seq(5), 1).unwrap(), seen[1..2]);
+    fn own(first: u64, last: u64) -> RunAppend {
+        run(first, last, Writer::Own { incarnation: Incarnation(2) })
+    }
+
+    fn other(first: u64, last: u64) -> RunAppend {
+        run(first, last, Writer::Other { region: RegionName::new("us").unwrap() })
+    }
+
+    fn stored(run: &RunAppend) -> StoredRun {
+        let RunAppend { first, last, chain_before, ref body, .. } = *run;
+        StoredRun { first, last, chain_before, body: body.clone() }
+    }
+
+    fn found(incarnation: u64, seq: u64, at_end: Option<&RunAppend>) -> Option<FoundCounter> {
+        let incarnation = Incarnation(incarnation);
+        Some(FoundCounter { incarnation, seq: Seq(seq), chain: chain(seq), run_at_end: at_end.map(stored) })
     }
 
     #[test]
-    fn a_batch_without_changes_is_no_run() {
-        assert_eq!(LogRun::pack(Seq(1), &[]), None);
-        assert_eq!(LogRun::pack(Seq(1), &[append(1, &[])]), None);
-    }
-
-    #[test]
-    fn a_long_section_counts_beyond_one_byte() {
-        let hashes: Vec<u8> = (0..=255).cycle().take(1_000).collect();
-        let run = LogRun::pack(Seq(1), &[append(1, &hashes)]).unwrap();
-        assert_eq!(run.entries.len(), 1 + 17 + 2 + 1_000 * 32);
-        assert_eq!(run.unpack(Seq(999), 10).unwrap().len(), 1);
-    }
-
-    #[test]
-    fn damaged_runs_are_refused_and_never_panic() {
-        let run = LogRun::pack(Seq(1), &[append(1, &[1, 2]), append(2, &[3])]).unwrap();
-        for length in 0..run.entries.len() {
-            let cut = LogRun { entries: run.entries[..length].to_vec(), ..run.clone() };
-            assert!(cut.unpack(Seq(0), 10).is_err(), "cut to {length} bytes");
-        }
-        let mut newer = run.clone();
-        newer.entries[0] = 2;
-        assert!(newer.unpack(Seq(0), 10).is_err());
-        let mut endless = run.clone();
-        endless.entries.truncate(18);
-        endless.entries.extend_from_slice(&[0xff; 12]);
-        assert!(endless.unpack(Seq(0), 10).is_err());
+    fn a_reader_below_the_floor_is_refused() {
+        let runs = || vec![stored(&own(5, 8)), stored(&own(9, 9))];
+        assert_eq!(gather(Seq(9), Seq(4), runs()).unwrap().len(), 2);
+        assert_eq!(gather(Seq(9), Seq(6), runs()).unwrap().len(), 2);
+        let refused = gather(Seq(9), Seq(3), runs());
+        assert!(matches!(refused, Err(StorageError::Truncated { floor: Seq(4) })));
+        assert_eq!(gather(Seq(9), Seq(9), Vec::new()).unwrap(), []);
+        let refused = gather(Seq(9), Seq(8), Vec::new());
+        assert!(matches!(refused, Err(StorageError::Truncated { floor: Seq(9) })));
     }
 
     #[test]
     fn a_hole_between_runs_is_noticed() {
-        let first = LogRun::pack(Seq(1), &[append(1, &[1])]).unwrap();
-        let third = LogRun::pack(Seq(3), &[append(1, &[3])]).unwrap();
-        assert!(matches!(gather(&[first, third], Seq(0), 10), Err(StorageError::Fatal(_))));
+        let runs = vec![stored(&own(1, 1)), stored(&own(3, 3))];
+        assert!(matches!(gather(Seq(3), Seq(0), runs), Err(StorageError::Fatal(_))));
+    }
+
+    #[test]
+    fn a_batch_that_had_committed_is_a_success() {
+        assert!(judge_refused(&[own(3, 5)], &[found(2, 5, Some(&own(3, 5)))]).is_ok());
+        assert!(judge_refused(&[own(3, 5)], &[found(9, 8, Some(&own(3, 5)))]).is_ok());
+        assert!(judge_refused(&[other(3, 5)], &[found(0, 8, Some(&other(3, 5)))]).is_ok());
+        let both = [own(3, 5), other(1, 2)];
+        assert!(judge_refused(&both, &[found(2, 5, Some(&own(3, 5))), found(0, 4, None)]).is_ok());
+        let mut erased = own(3, 5);
+        erased.body = Bytes::from_static(b"shorter");
+        assert!(judge_refused(&[own(3, 5)], &[found(2, 5, Some(&erased))]).is_ok());
+    }
+
+    #[test]
+    fn an_older_incarnation_is_fenced_whatever_else_is_refused() {
+        let runs = [other(3, 5), own(3, 5)];
+        for at in [found(3, 2, None), found(3, 5, Some(&own(4, 5)))] {
+            let refused = judge_refused(&runs, &[found(0, 9, None), at]);
+            assert!(matches!(refused, Err(StorageError::Fenced { ours: Incarnation(2), .. })));
+        }
+    }
+
+    #[test]
+    fn another_nodes_entries_are_out_of_step() {
+        for (at, stands) in [(found(0, 9, None), 9), (found(0, 5, Some(&other(4, 5))), 5), (None, 0)] {
+            let refused = judge_refused(&[own(3, 5), other(3, 5)], &[found(2, 2, None), at]);
+            assert!(matches!(refused, Err(StorageError::OutOfStep { seq, .. }) if seq == Seq(stands)));
+        }
+        let refused = judge_refused(&[other(3, 5)], &[found(0, 2, None)]);
+        assert!(matches!(refused, Err(StorageError::Transient(_))));
+    }
+
+    #[test]
+    #[should_panic(expected = "two writers share")]
+    fn two_writers_of_one_incarnation_are_stopped() {
+        let _ = judge_refused(&[own(3, 5)], &[found(2, 5, Some(&own(4, 5)))]);
     }
 }

@@ -1,24 +1,30 @@
 //! Storage in memory, for tests and the simulator: the same contract, gone with the last handle.
 //!
-//! It keeps the log in the same packed runs as the databases, so that truncation and repeated appends behave
-//! alike. Nothing here fails or waits.
+//! Nothing here fails or waits.
 
-use std::collections::{BTreeMap, HashMap};
+mod append;
+
+use std::collections::BTreeMap;
+use std::ops::Bound;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use isobar_protocol::ids::{
     ChangeHash, DocumentId, Incarnation, OriginId, PlacementGroup, RegionName, Seq, StorageId,
 };
+use isobar_protocol::log::Chain;
 use parking_lot::{Mutex, MutexGuard};
 use uuid::Uuid;
 
-use super::log_run::{FoundCounter, LogRun, gather, judge_refused};
+use super::clock::before_now_ms;
+use super::log_run::{check, gather};
 use super::{
-    ClaimedOrigin, DocumentAppend, DocumentState, LogEntry, NewBase, Storage, StorageError,
-    StorageStatistics, StoredBase, StoredChange, StoredDocument, new_storage_id,
+    Acknowledgement, Batch, ClaimedOrigin, DocumentState, ListedDocument, NewBase, Storage, StorageError,
+    StorageStatistics, StoredBase, StoredChange, StoredDocument, StoredOrigin, StoredRun, check_settable,
+    new_storage_id,
 };
 
 /// A handle to a store in memory.
@@ -31,18 +37,29 @@ pub struct MemoryStorage {
 #[derive(Debug, Default)]
 struct Database {
     region: Option<(RegionName, StorageId)>,
-    origins: Vec<Origin>,
-    documents: HashMap<DocumentId, Document>,
+    origins: BTreeMap<OriginId, Origin>,
+    documents: BTreeMap<DocumentId, Document>,
+    tombstones: BTreeMap<DocumentId, Tombstone>,
+    acknowledgements: BTreeMap<(RegionName, OriginId), Seq>,
 }
 
 #[derive(Debug)]
 struct Origin {
-    id: OriginId,
-    key: (RegionName, PlacementGroup, u32),
+    region: RegionName,
+    group: PlacementGroup,
+    /// `None` for other regions' origins, and own ones that were replaced.
+    slot: Option<u32>,
     incarnation: Incarnation,
     seq: Seq,
+    chain: Chain,
     /// By the run's last seq.
-    log: BTreeMap<Seq, LogRun>,
+    log: BTreeMap<Seq, LoggedRun>,
+}
+
+#[derive(Debug)]
+struct LoggedRun {
+    appended_at_ms: i64,
+    run: StoredRun,
 }
 
 #[derive(Debug)]
@@ -50,7 +67,13 @@ struct Document {
     group: PlacementGroup,
     state: DocumentState,
     base: Option<Base>,
-    changes: HashMap<ChangeHash, Bytes>,
+    changes: BTreeMap<ChangeHash, Bytes>,
+}
+
+#[derive(Debug)]
+struct Tombstone {
+    group: PlacementGroup,
+    deleted_at_ms: u64,
 }
 
 #[derive(Debug)]
@@ -79,6 +102,39 @@ impl MemoryStorage {
     }
 }
 
+impl Origin {
+    fn new(region: RegionName, group: PlacementGroup, slot: Option<u32>) -> Self {
+        Self {
+            region,
+            group,
+            slot,
+            incarnation: Incarnation(0),
+            seq: Seq(0),
+            chain: Chain::START,
+            log: BTreeMap::new(),
+        }
+    }
+
+    /// Takes the origin from whoever holds it (clause 4).
+    fn replace(&mut self) {
+        if self.slot.take().is_some() {
+            self.incarnation.0 += 1;
+        }
+    }
+}
+
+impl Document {
+    fn new(group: PlacementGroup) -> Self {
+        Self { group, state: DocumentState::Live, base: None, changes: BTreeMap::new() }
+    }
+}
+
+impl Tombstone {
+    fn state(&self) -> DocumentState {
+        DocumentState::Deleted { deleted_at_ms: self.deleted_at_ms }
+    }
+}
+
 impl Database {
     fn check_region(&self, region: &RegionName) -> Result<(), StorageError> {
         match &self.region {
@@ -89,21 +145,12 @@ impl Database {
         }
     }
 
-    fn origin_mut(&mut self, id: OriginId) -> Result<&mut Origin, StorageError> {
-        let found = self.origins.iter_mut().find(|origin| origin.id == id);
-        found.ok_or_else(|| StorageError::Fatal(format!("origin {id:?} is not in the database").into()))
-    }
-
-    fn store(&mut self, group: &PlacementGroup, append: &DocumentAppend) {
-        let document = self.documents.entry(append.document.clone()).or_insert_with(|| Document {
-            group: group.clone(),
-            state: DocumentState::Live,
-            base: None,
-            changes: HashMap::new(),
-        });
-        for change in &append.changes {
-            document.changes.entry(change.hash).or_insert_with(|| change.bytes.clone());
+    /// The document, created if it neither exists nor was deleted; `None` if it was.
+    fn document_mut(&mut self, id: &DocumentId, group: &PlacementGroup) -> Option<&mut Document> {
+        if self.tombstones.contains_key(id) {
+            return None;
         }
+        Some(self.documents.entry(id.clone()).or_insert_with(|| Document::new(group.clone())))
     }
 }
 
@@ -121,55 +168,52 @@ impl Storage for MemoryStorage {
         region: &RegionName,
         group: &PlacementGroup,
         slot: u32,
+        anew: bool,
     ) -> Result<ClaimedOrigin, StorageError> {
         let mut database = self.database()?;
         database.check_region(region)?;
-        let key = (region.clone(), group.clone(), slot);
-        let place = database.origins.iter().position(|origin| origin.key == key).unwrap_or_else(|| {
-            database.origins.push(Origin {
-                id: OriginId(Uuid::new_v4()),
-                key,
-                incarnation: Incarnation(0),
-                seq: Seq(0),
-                log: BTreeMap::new(),
-            });
-            database.origins.len() - 1
-        });
-        let origin = &mut database.origins[place];
+        let held =
+            |origin: &Origin| origin.slot == Some(slot) && origin.region == *region && origin.group == *group;
+        let mut claimed = database.origins.iter().find(|(_, origin)| held(origin)).map(|(id, _)| *id);
+        if anew && let Some(former) = claimed.and_then(|id| database.origins.get_mut(&id)) {
+            former.replace();
+            claimed = None;
+        }
+        let id = claimed.unwrap_or_else(|| OriginId(Uuid::new_v4()));
+        let new = || Origin::new(region.clone(), group.clone(), Some(slot));
+        let origin = database.origins.entry(id).or_insert_with(new);
         origin.incarnation.0 += 1;
         Ok(ClaimedOrigin {
-            id: origin.id,
+            id,
             group: group.clone(),
             incarnation: origin.incarnation,
             last_seq: origin.seq,
+            chain: origin.chain,
         })
     }
 
-    async fn append(
-        &self,
-        origin: &ClaimedOrigin,
-        first_seq: Seq,
-        batch: &[DocumentAppend],
-    ) -> Result<Seq, StorageError> {
-        let mut database = self.database()?;
-        let Some(run) = LogRun::pack(first_seq, batch) else {
-            return Ok(Seq(first_seq.0 - 1));
+    async fn origins(&self) -> Result<Vec<StoredOrigin>, StorageError> {
+        let stored = |(&id, origin): (&OriginId, &Origin)| StoredOrigin {
+            id,
+            region: origin.region.clone(),
+            group: origin.group.clone(),
+            seq: origin.seq,
+            chain: origin.chain,
         };
-        let row = database.origin_mut(origin.id)?;
-        if row.incarnation != origin.incarnation || row.seq.0 + 1 != first_seq.0 {
-            let run_at_end = row.log.get(&run.last).cloned();
-            let found = FoundCounter { incarnation: row.incarnation, seq: row.seq, run_at_end };
-            return judge_refused(origin, &run, found);
-        }
-        let last = run.last;
-        row.seq = last;
-        row.log.insert(last, run);
-        batch.iter().for_each(|append| database.store(&origin.group, append));
-        Ok(last)
+        Ok(self.database()?.origins.iter().map(stored).collect())
+    }
+
+    async fn append(&self, batch: &Batch) -> Result<(), StorageError> {
+        check(batch);
+        append::append(&mut *self.database()?, batch)
     }
 
     async fn load_document(&self, document: &DocumentId) -> Result<Option<StoredDocument>, StorageError> {
         let database = self.database()?;
+        if let Some(tombstone) = database.tombstones.get(document) {
+            let (group, state) = (tombstone.group.clone(), tombstone.state());
+            return Ok(Some(StoredDocument { group, state, base: None, tail: Vec::new() }));
+        }
         Ok(database.documents.get(document).map(|found| StoredDocument {
             group: found.group.clone(),
             state: found.state.clone(),
@@ -236,6 +280,7 @@ impl Storage for MemoryStorage {
     }
 
     async fn set_state(&self, document: &DocumentId, state: &DocumentState) -> Result<(), StorageError> {
+        check_settable(state);
         if let Some(row) = self.database()?.documents.get_mut(document) {
             row.state = state.clone();
         }
@@ -246,24 +291,100 @@ impl Storage for MemoryStorage {
         &self,
         origin: OriginId,
         after: Seq,
-        limit: u32,
-    ) -> Result<Vec<LogEntry>, StorageError> {
+        bytes_max: usize,
+    ) -> Result<Vec<StoredRun>, StorageError> {
         let database = self.database()?;
-        let Some(row) = database.origins.iter().find(|row| row.id == origin) else {
+        let Some(row) = database.origins.get(&origin) else {
             return Ok(Vec::new());
         };
-        let runs = row.log.range(Seq(after.0.saturating_add(1))..).map(|(_, run)| run.clone());
-        // Each run holds at least one entry, so `limit` runs are always enough.
-        let runs: Vec<LogRun> = runs.take(limit as usize).collect();
-        gather(&runs, after, limit as usize)
+        let mut bytes = 0;
+        let following =
+            row.log.range((Bound::Excluded(after), Bound::Unbounded)).map(|(_, logged)| &logged.run);
+        let runs = following.take_while(|run| {
+            let fits = bytes == 0 || bytes < bytes_max;
+            bytes += run.body.len();
+            fits
+        });
+        gather(row.seq, after, runs.cloned().collect())
     }
 
-    async fn truncate_log(&self, origin: OriginId, up_to: Seq) -> Result<(), StorageError> {
+    async fn truncate_log(
+        &self,
+        origin: OriginId,
+        up_to: Seq,
+        older_than: Duration,
+    ) -> Result<(), StorageError> {
         let mut database = self.database()?;
-        if let Some(row) = database.origins.iter_mut().find(|row| row.id == origin) {
-            let newest = row.seq;
-            row.log.retain(|&last, _| last > up_to || last == newest);
+        if let Some(row) = database.origins.get_mut(&origin) {
+            let (newest, appended_until) = (row.seq, before_now_ms(older_than));
+            let mut removed = true;
+            row.log.retain(|&last, logged| {
+                removed &= last <= up_to && last != newest && logged.appended_at_ms <= appended_until;
+                !removed
+            });
         }
+        Ok(())
+    }
+
+    async fn adopt_origins(&self, origins: &[StoredOrigin]) -> Result<(), StorageError> {
+        let mut database = self.database()?;
+        for adopted in origins {
+            let new = || Origin::new(adopted.region.clone(), adopted.group.clone(), None);
+            let origin = database.origins.entry(adopted.id).or_insert_with(new);
+            if origin.seq < adopted.seq {
+                origin.replace();
+                (origin.seq, origin.chain) = (adopted.seq, adopted.chain);
+                origin.log.clear();
+            }
+        }
+        Ok(())
+    }
+
+    async fn note_acknowledgements(&self, news: &[Acknowledgement]) -> Result<(), StorageError> {
+        let mut database = self.database()?;
+        for new in news {
+            let key = (new.region.clone(), new.origin);
+            let seq = database.acknowledgements.entry(key).or_insert(new.seq);
+            *seq = new.seq.max(*seq);
+        }
+        Ok(())
+    }
+
+    async fn acknowledgements(&self) -> Result<Vec<Acknowledgement>, StorageError> {
+        let noted = |((region, origin), &seq): (&(RegionName, OriginId), &Seq)| Acknowledgement {
+            region: region.clone(),
+            origin: *origin,
+            seq,
+        };
+        Ok(self.database()?.acknowledgements.iter().map(noted).collect())
+    }
+
+    async fn list_documents(
+        &self,
+        after: Option<&DocumentId>,
+        limit: u32,
+    ) -> Result<Vec<ListedDocument>, StorageError> {
+        let database = self.database()?;
+        let after = (after.map_or(Bound::Unbounded, Bound::Excluded), Bound::Unbounded);
+        let limit = limit as usize;
+        let documents = database.documents.range::<DocumentId, _>(after).take(limit);
+        let tombstones = database.tombstones.range::<DocumentId, _>(after).take(limit);
+        let mut listed: Vec<ListedDocument> = documents
+            .map(|(id, found)| (id, &found.group, found.state.clone()))
+            .chain(tombstones.map(|(id, found)| (id, &found.group, found.state())))
+            .map(|(id, group, state)| ListedDocument { id: id.clone(), group: group.clone(), state })
+            .collect();
+        listed.sort_by(|one, other| one.id.cmp(&other.id));
+        listed.truncate(limit);
+        Ok(listed)
+    }
+
+    async fn create_document(
+        &self,
+        document: &DocumentId,
+        group: &PlacementGroup,
+    ) -> Result<(), StorageError> {
+        self.database()?.document_mut(document, group);
         Ok(())
     }
 

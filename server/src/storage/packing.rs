@@ -1,14 +1,14 @@
-//! Reading and writing packed bytes: what the log's runs and the tail's bundles have in common.
+//! Reading and writing packed bytes, for the tail's bundles.
 
 /// Takes the first `count` bytes off; `None` if there are fewer.
-pub(super) fn take<'a>(bytes: &mut &'a [u8], count: usize) -> Option<&'a [u8]> {
+pub(crate) fn take<'a>(bytes: &mut &'a [u8], count: usize) -> Option<&'a [u8]> {
     let (taken, rest) = bytes.split_at_checked(count)?;
     *bytes = rest;
     Some(taken)
 }
 
 /// Appends a number as unsigned LEB128.
-pub(super) fn push_leb128(bytes: &mut Vec<u8>, mut value: u64) {
+pub(crate) fn push_leb128(bytes: &mut Vec<u8>, mut value: u64) {
     while value >= 0x80 {
         bytes.push(value as u8 | 0x80);
         value >>= 7;
@@ -17,7 +17,7 @@ pub(super) fn push_leb128(bytes: &mut Vec<u8>, mut value: u64) {
 }
 
 /// Takes a number below 2^63 in unsigned LEB128 off; `None` if there is none.
-pub(super) fn take_leb128(bytes: &mut &[u8]) -> Option<u64> {
+pub(crate) fn take_leb128(bytes: &mut &[u8]) -> Option<u64> {
     let mut value = 0;
     for shift in (0..63).step_by(7) {
         let byte = take(bytes, 1)?[0];

@@ -2,13 +2,16 @@
 //!
 //! An append is one statement, so it costs one round trip and is a transaction by itself: its first part raises the
 //! counter, whose row lock makes the order of seqs the order of commits, and the other parts insert only if that
-//! part found the counter where it should be.
+//! part found the counter where it should be. Batches that delete documents, or are too large for a statement, are
+//! several statements in a transaction.
 //!
 //! Appends have connections of their own, so that loads cannot hold them up.
 
 mod append;
 mod connections;
+mod deletion;
 mod open;
+mod origins;
 mod prune;
 mod statistics;
 
@@ -17,23 +20,23 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use isobar_protocol::ids::{
-    ChangeHash, DocumentId, Incarnation, OriginId, PlacementGroup, RegionName, Seq, StorageId,
-};
+use isobar_protocol::ids::{ChangeHash, DocumentId, OriginId, PlacementGroup, RegionName, Seq, StorageId};
 use sqlx::error::DatabaseError;
 use sqlx::postgres::{PgArguments, PgConnection, PgQueryResult, PgRow};
-use sqlx::query::Query;
-use sqlx::{Connection, Postgres, Row};
-use uuid::Uuid;
+use sqlx::query::{Query, QueryAs};
+use sqlx::{Connection, FromRow, Postgres};
 
 use self::connections::Connections;
-use super::bundle::Tail;
+use super::clock::{before_now_ms, now_ms};
 use super::failure::{clamped, classify, intact, signed, unsigned};
-use super::log_run::{FoundCounter, LogRun, gather, judge_refused};
-use super::schema::{self, state_columns, state_from_columns};
+use super::log_run::{FoundCounter, check, judge_refused};
+use super::rows::{
+    AcknowledgementRow, ContentsRow, CounterRow, ListedRow, OriginRow, loaded_document, read_runs,
+    state_columns,
+};
 use super::{
-    ClaimedOrigin, DocumentAppend, DocumentState, LogEntry, NewBase, Storage, StorageError,
-    StorageStatistics, StoredBase, StoredDocument, new_storage_id,
+    Acknowledgement, Batch, ClaimedOrigin, DocumentState, ListedDocument, NewBase, RunAppend, Storage,
+    StorageError, StorageStatistics, StoredDocument, StoredOrigin, StoredRun, new_storage_id, schema,
 };
 
 /// Connections for appends. An origin's appends follow each other; this allows a few origins and the writes of
@@ -50,7 +53,11 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(15);
 /// How long a call may take that moves a whole document.
 const BULK_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// How long an append may take that deletes documents: it rewrites every run of the log that holds their changes.
+const DELETION_TIMEOUT: Duration = Duration::from_secs(600);
+
 type Statement<'q> = Query<'q, Postgres, PgArguments>;
+type StatementAs<'q, T> = QueryAs<'q, Postgres, T, PgArguments>;
 
 /// A Postgres database that is connected.
 pub struct PostgresStorage {
@@ -69,7 +76,10 @@ impl PostgresStorage {
         })
     }
 
-    async fn fetch_all(&self, limit: Duration, query: Statement<'_>) -> Result<Vec<PgRow>, StorageError> {
+    async fn fetch_all<T>(&self, limit: Duration, query: StatementAs<'_, T>) -> Result<Vec<T>, StorageError>
+    where
+        T: for<'r> FromRow<'r, PgRow> + Send + Unpin,
+    {
         let mut lease = self.readers.lease().await?;
         let rows = self.readers.finish(limit, query.fetch_all(&mut lease.connection)).await?;
         lease.give_back();
@@ -88,29 +98,21 @@ impl PostgresStorage {
         statement: &'static str,
         document: &DocumentId,
     ) -> Result<Option<(u64, Bytes)>, StorageError> {
-        let rows = self.fetch_all(BULK_TIMEOUT, sqlx::query(statement).bind(document.as_bytes())).await?;
-        rows.first()
-            .map(|row| Ok((unsigned(column(row, "generation")?)?, bytes(row, "contents")?)))
-            .transpose()
+        let query = sqlx::query_as(statement).bind(document.as_bytes());
+        let rows: Vec<ContentsRow> = self.fetch_all(BULK_TIMEOUT, query).await?;
+        rows.into_iter().next().map(ContentsRow::contents).transpose()
     }
 
     async fn found_region(&self) -> Result<Option<(String, String)>, StorageError> {
-        let rows = self.fetch_all(CALL_TIMEOUT, sqlx::query(schema::READ_REGION)).await?;
-        rows.first().map(|row| Ok((column(row, "name")?, column(row, "storage_id")?))).transpose()
+        let rows = self.fetch_all(CALL_TIMEOUT, sqlx::query_as(schema::READ_REGION)).await?;
+        Ok(rows.into_iter().next())
     }
 
-    async fn read_counter(&self, origin: OriginId, end: Seq) -> Result<FoundCounter, StorageError> {
-        let query = sqlx::query(schema::READ_COUNTER).bind(&origin.0.as_bytes()[..]).bind(signed(end.0));
-        let rows = self.fetch_all(CALL_TIMEOUT, query).await?;
-        let Some(row) = rows.first() else {
-            return Err(StorageError::Fatal(format!("origin {origin:?} is not in the database").into()));
-        };
-        let has_run = column::<Option<i64>>(row, "first_seq")?.is_some();
-        Ok(FoundCounter {
-            incarnation: Incarnation(unsigned(column(row, "incarnation")?)?),
-            seq: Seq(unsigned(column(row, "seq")?)?),
-            run_at_end: if has_run { Some(run_from_row(row, end)?) } else { None },
-        })
+    async fn read_counter(&self, run: &RunAppend) -> Result<Option<FoundCounter>, StorageError> {
+        let query =
+            sqlx::query_as(schema::READ_COUNTER).bind(&run.origin.0.as_bytes()[..]).bind(signed(run.last.0));
+        let rows: Vec<CounterRow> = self.fetch_all(BULK_TIMEOUT, query).await?;
+        rows.into_iter().next().map(CounterRow::found).transpose()
     }
 }
 
@@ -130,40 +132,6 @@ fn may_pass(error: &dyn DatabaseError) -> bool {
 
 fn failed(error: sqlx::Error) -> StorageError {
     classify(error, may_pass)
-}
-
-fn column<'r, T>(row: &'r PgRow, name: &str) -> Result<T, StorageError>
-where
-    T: sqlx::Decode<'r, Postgres> + sqlx::Type<Postgres>,
-{
-    row.try_get(name).map_err(failed)
-}
-
-fn bytes(row: &PgRow, name: &str) -> Result<Bytes, StorageError> {
-    column::<&[u8]>(row, name).map(Bytes::copy_from_slice)
-}
-
-fn run_from_row(row: &PgRow, last: Seq) -> Result<LogRun, StorageError> {
-    let first = Seq(unsigned(column(row, "first_seq")?)?);
-    Ok(LogRun { first, last, entries: column(row, "entries")? })
-}
-
-fn document_from_row(row: &PgRow) -> Result<StoredDocument, StorageError> {
-    let base = match column::<Option<i64>>(row, "generation")? {
-        None => None,
-        Some(generation) => Some(StoredBase {
-            generation: unsigned(generation)?,
-            summary: bytes(row, "summary")?,
-            chunk_bytes: unsigned(column(row, "chunk_bytes")?)?,
-            pruned: column(row, "pruned")?,
-        }),
-    };
-    Ok(StoredDocument {
-        group: intact(PlacementGroup::new(column(row, "placement_group")?))?,
-        state: state_from_columns(column(row, "state")?, column(row, "state_reason")?)?,
-        base,
-        tail: Vec::new(),
-    })
 }
 
 /// Replaces a base in one transaction; `false` if the one to be replaced is not there.
@@ -219,64 +187,38 @@ impl Storage for PostgresStorage {
         region: &RegionName,
         group: &PlacementGroup,
         slot: u32,
+        anew: bool,
     ) -> Result<ClaimedOrigin, StorageError> {
         if let Some((name, _)) = self.found_region().await? {
             schema::check_region(region, &name)?;
         }
-        let id = Uuid::new_v4();
-        let query = sqlx::query(schema::CLAIM_ORIGIN)
-            .bind(&id.as_bytes()[..])
-            .bind(region.as_str())
-            .bind(group.as_str())
-            .bind(i64::from(slot));
-        let rows = self.fetch_all(CALL_TIMEOUT, query).await?;
-        let Some(row) = rows.first() else {
-            return Err(StorageError::Fatal("claiming an origin returned nothing".into()));
-        };
-        Ok(ClaimedOrigin {
-            id: schema::origin_id(column(row, "id")?)?,
-            group: group.clone(),
-            incarnation: Incarnation(unsigned(column(row, "incarnation")?)?),
-            last_seq: Seq(unsigned(column(row, "seq")?)?),
-        })
+        let mut lease = self.readers.lease().await?;
+        let work = origins::claim(&mut lease.connection, region, group, slot, anew);
+        let row = self.readers.finish(CALL_TIMEOUT, work).await?;
+        lease.give_back();
+        row.claimed(group)
     }
 
-    async fn append(
-        &self,
-        origin: &ClaimedOrigin,
-        first_seq: Seq,
-        batch: &[DocumentAppend],
-    ) -> Result<Seq, StorageError> {
-        let Some(run) = LogRun::pack(first_seq, batch) else {
-            return Ok(Seq(first_seq.0 - 1));
-        };
-        let bytes: usize =
-            batch.iter().flat_map(|append| &append.changes).map(|change| change.bytes.len()).sum();
-        let limit = if bytes > append::STATEMENT_BYTES_MAX { BULK_TIMEOUT } else { CALL_TIMEOUT };
-        let mut lease = self.writers.lease().await?;
-        let work = append::append_batch(&mut lease.connection, origin, &run, batch);
-        let raised = self.writers.finish(limit, work).await?;
-        lease.give_back();
-        if raised {
-            return Ok(run.last);
+    async fn origins(&self) -> Result<Vec<StoredOrigin>, StorageError> {
+        let rows = self.fetch_all(CALL_TIMEOUT, sqlx::query_as(schema::READ_ORIGINS)).await?;
+        rows.into_iter().map(OriginRow::origin).collect()
+    }
+
+    async fn append(&self, batch: &Batch) -> Result<(), StorageError> {
+        check(batch);
+        if append::append(self, batch).await? {
+            return Ok(());
         }
-        let found = self.read_counter(origin.id, run.last).await?;
-        judge_refused(origin, &run, found)
+        let mut found = Vec::new();
+        for run in &batch.runs {
+            found.push(self.read_counter(run).await?);
+        }
+        judge_refused(&batch.runs, &found)
     }
 
     async fn load_document(&self, document: &DocumentId) -> Result<Option<StoredDocument>, StorageError> {
-        let query = sqlx::query(schema::LOAD_DOCUMENT).bind(document.as_bytes());
-        let mut loaded = None;
-        let mut tail = Tail::default();
-        for row in &self.fetch_all(BULK_TIMEOUT, query).await? {
-            if column::<Option<&str>>(row, "placement_group")?.is_some() {
-                loaded = Some(document_from_row(row)?);
-            } else {
-                let first = Seq(unsigned(column(row, "first_seq")?)?);
-                tail.push(first, column(row, "hashes")?, &bytes(row, "changes")?)?;
-            }
-        }
-        Ok(loaded.map(|document| StoredDocument { tail: tail.into_changes(), ..document }))
+        let query = sqlx::query_as(schema::LOAD_DOCUMENT).bind(document.as_bytes());
+        loaded_document(self.fetch_all(BULK_TIMEOUT, query).await?)
     }
 
     async fn read_base_chunk(&self, document: &DocumentId) -> Result<Option<(u64, Bytes)>, StorageError> {
@@ -300,10 +242,10 @@ impl Storage for PostgresStorage {
         if installed {
             return Ok(replaces + 1);
         }
-        let query = sqlx::query(schema::READ_GENERATION).bind(document.as_bytes());
-        let rows = self.fetch_all(CALL_TIMEOUT, query).await?;
-        let found = rows.first().map(|row| column(row, "generation")).transpose()?;
-        Err(StorageError::Conflict { expected: replaces, found: unsigned(found.unwrap_or(0))? })
+        let query = sqlx::query_as(schema::READ_GENERATION).bind(document.as_bytes());
+        let rows: Vec<(i64,)> = self.fetch_all(CALL_TIMEOUT, query).await?;
+        let found = rows.first().map_or(0, |(generation,)| *generation);
+        Err(StorageError::Conflict { expected: replaces, found: unsigned(found)? })
     }
 
     async fn prune_changes(&self, document: &DocumentId, covered: &[ChangeHash]) -> Result<(), StorageError> {
@@ -328,20 +270,71 @@ impl Storage for PostgresStorage {
         &self,
         origin: OriginId,
         after: Seq,
-        limit: u32,
-    ) -> Result<Vec<LogEntry>, StorageError> {
-        let query = sqlx::query(schema::READ_LOG)
+        bytes_max: usize,
+    ) -> Result<Vec<StoredRun>, StorageError> {
+        let query = sqlx::query_as(schema::READ_LOG)
             .bind(&origin.0.as_bytes()[..])
             .bind(clamped(after.0))
-            .bind(clamped(after.0.saturating_add(u64::from(limit))));
-        let rows = self.fetch_all(CALL_TIMEOUT, query).await?;
-        let runs: Result<Vec<LogRun>, StorageError> =
-            rows.iter().map(|row| run_from_row(row, Seq(unsigned(column(row, "last_seq")?)?))).collect();
-        gather(&runs?, after, limit as usize)
+            .bind(clamped(bytes_max.max(1) as u64))
+            .bind(schema::RUNS_READ_MAX);
+        read_runs(self.fetch_all(BULK_TIMEOUT, query).await?, after)
     }
 
-    async fn truncate_log(&self, origin: OriginId, up_to: Seq) -> Result<(), StorageError> {
-        let query = sqlx::query(schema::TRUNCATE_LOG).bind(&origin.0.as_bytes()[..]).bind(clamped(up_to.0));
+    async fn truncate_log(
+        &self,
+        origin: OriginId,
+        up_to: Seq,
+        older_than: Duration,
+    ) -> Result<(), StorageError> {
+        let query = sqlx::query(schema::TRUNCATE_LOG)
+            .bind(&origin.0.as_bytes()[..])
+            .bind(clamped(up_to.0))
+            .bind(before_now_ms(older_than));
+        self.execute(query).await.map(drop)
+    }
+
+    async fn adopt_origins(&self, origins: &[StoredOrigin]) -> Result<(), StorageError> {
+        let mut lease = self.readers.lease().await?;
+        let work = origins::adopt(&mut lease.connection, origins);
+        self.readers.finish(BULK_TIMEOUT, work).await?;
+        lease.give_back();
+        Ok(())
+    }
+
+    async fn note_acknowledgements(&self, news: &[Acknowledgement]) -> Result<(), StorageError> {
+        let mut lease = self.readers.lease().await?;
+        let work = origins::note_acknowledgements(&mut lease.connection, news);
+        self.readers.finish(CALL_TIMEOUT, work).await?;
+        lease.give_back();
+        Ok(())
+    }
+
+    async fn acknowledgements(&self) -> Result<Vec<Acknowledgement>, StorageError> {
+        let rows = self.fetch_all(CALL_TIMEOUT, sqlx::query_as(schema::READ_ACKNOWLEDGEMENTS)).await?;
+        rows.into_iter().map(AcknowledgementRow::acknowledgement).collect()
+    }
+
+    async fn list_documents(
+        &self,
+        after: Option<&DocumentId>,
+        limit: u32,
+    ) -> Result<Vec<ListedDocument>, StorageError> {
+        let query = sqlx::query_as(schema::LIST_DOCUMENTS)
+            .bind(after.map_or(&[][..], DocumentId::as_bytes))
+            .bind(i64::from(limit));
+        let rows = self.fetch_all(CALL_TIMEOUT, query).await?;
+        rows.into_iter().map(ListedRow::listed).collect()
+    }
+
+    async fn create_document(
+        &self,
+        document: &DocumentId,
+        group: &PlacementGroup,
+    ) -> Result<(), StorageError> {
+        let query = sqlx::query(schema::CREATE_DOCUMENT)
+            .bind(document.as_bytes())
+            .bind(group.as_str())
+            .bind(now_ms());
         self.execute(query).await.map(drop)
     }
 

@@ -1,21 +1,40 @@
 //! The statements and checks that both databases share, word for word.
 
-use isobar_protocol::ids::{DocumentId, OriginId, RegionName};
+use isobar_protocol::ids::{DocumentId, PlacementGroup, RegionName};
 use sqlx::migrate::Migrator;
-use uuid::Uuid;
 
 use super::failure::intact;
-use super::{DocumentAppend, DocumentState, StorageError};
+use super::{DocumentAppend, StorageError};
 
-/// One snapshot of a document: one row holds the document and its base, each other row a bundle of changes.
-/// One statement, because that is what sees one snapshot in either database (clause 6).
+/// One snapshot of a document: one row holds the document and its base, or its tombstone, each other row a bundle of
+/// changes. One statement, because that is what sees one snapshot in either database (clause 6).
 pub(super) const LOAD_DOCUMENT: &str = "\
-    SELECT d.placement_group, d.state, d.state_reason, b.generation, b.pruned, b.chunk_bytes, b.summary, \
+    SELECT d.placement_group, d.state, d.state_reason, CAST(NULL AS bigint) AS deleted_at, \
+           b.generation, b.pruned, b.chunk_bytes, b.summary, \
            NULL AS first_seq, NULL AS hashes, NULL AS changes \
     FROM documents d LEFT JOIN bases b ON b.document_id = d.id WHERE d.id = $1 \
     UNION ALL \
-    SELECT NULL, NULL, NULL, NULL, NULL, NULL, NULL, first_seq, hashes, changes \
-    FROM changes WHERE document_id = $1";
+    SELECT NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, first_seq, hashes, changes \
+    FROM changes WHERE document_id = $1 \
+    UNION ALL \
+    SELECT placement_group, 2, NULL, deleted_at, NULL, NULL, NULL, NULL, NULL, NULL, NULL \
+    FROM tombstones WHERE document_id = $1";
+
+/// Documents and tombstones after `$1`, at most `$2` of them.
+pub(super) const LIST_DOCUMENTS: &str = "\
+    SELECT id, placement_group, state, state_reason, CAST(NULL AS bigint) AS deleted_at FROM ( \
+        SELECT * FROM documents WHERE id > $1 ORDER BY id LIMIT $2 \
+    ) AS d \
+    UNION ALL \
+    SELECT document_id, placement_group, 2, NULL, deleted_at FROM ( \
+        SELECT * FROM tombstones WHERE document_id > $1 ORDER BY document_id LIMIT $2 \
+    ) AS t \
+    ORDER BY id LIMIT $2";
+
+/// `$3` is the moment.
+pub(super) const CREATE_DOCUMENT: &str = "\
+    INSERT INTO documents (id, placement_group, state, created_at) SELECT $1, $2, 0, $3 \
+    WHERE NOT EXISTS (SELECT 1 FROM tombstones WHERE document_id = $1) ON CONFLICT (id) DO NOTHING";
 
 /// The bundles of a document, without their changes.
 pub(super) const READ_BUNDLE_HASHES: &str =
@@ -60,34 +79,93 @@ pub(super) const FINISH_PRUNE: &str =
 
 pub(super) const SET_STATE: &str = "UPDATE documents SET state = $2, state_reason = $3 WHERE id = $1";
 
-/// The runs that hold the entries `$2 + 1 ..= $3`, and no further one: each is found by the log's key.
+/// The origin's counter, and its runs that end after `$2`: the first, and those before which less than `$3` bytes of
+/// bodies stand; at most `$4`. One row without a run if there is none. The lengths are looked at first, so that no body
+/// is read in vain.
 pub(super) const READ_LOG: &str = "\
-    SELECT first_seq, last_seq, entries FROM log \
-    WHERE origin = $1 AND last_seq > $2 AND last_seq <= coalesce( \
-        (SELECT last_seq FROM log WHERE origin = $1 AND last_seq >= $3 ORDER BY last_seq LIMIT 1), \
-        9223372036854775807) \
-    ORDER BY last_seq";
+    SELECT o.seq, l.first_seq, l.last_seq, l.chain_before, l.body \
+    FROM origins o LEFT JOIN log l ON l.origin = o.id AND l.last_seq > $2 AND l.last_seq <= coalesce(( \
+        SELECT max(m.last_seq) FROM ( \
+            SELECT n.last_seq, sum(n.bytes) OVER (ORDER BY n.last_seq) - n.bytes AS bytes_before FROM ( \
+                SELECT last_seq, length(body) AS bytes FROM log \
+                WHERE origin = $1 AND last_seq > $2 ORDER BY last_seq LIMIT $4 \
+            ) AS n \
+        ) AS m WHERE m.bytes_before < $3 \
+    ), 0) \
+    WHERE o.id = $1 ORDER BY l.last_seq";
 
-/// Keeps the run of the origin's last entry, which a repeated append is recognised by.
+/// How many runs one read of the log returns at most.
+pub(super) const RUNS_READ_MAX: i64 = 512;
+
+/// Removes the runs up to `$2` that were appended at `$3` or earlier, without leaving a hole. Keeps the run of the origin's
+/// last entry, which a repeated append is recognised by.
 pub(super) const TRUNCATE_LOG: &str = "\
     DELETE FROM log WHERE origin = $1 AND last_seq <= $2 \
-    AND last_seq < (SELECT seq FROM origins WHERE id = $1)";
+    AND last_seq < (SELECT seq FROM origins WHERE id = $1) \
+    AND last_seq < coalesce(( \
+        SELECT last_seq FROM log WHERE origin = $1 AND last_seq <= $2 AND appended_at > $3 \
+        ORDER BY last_seq LIMIT 1 \
+    ), 9223372036854775807)";
 
-/// What an append finds whose counter was elsewhere; `$2` is where its batch would have ended.
+/// What a run finds whose counter was elsewhere; `$2` is where it would have ended.
 pub(super) const READ_COUNTER: &str = "\
-    SELECT o.incarnation, o.seq, l.first_seq, l.entries \
+    SELECT o.incarnation, o.seq, o.chain, l.first_seq, l.last_seq, l.chain_before, l.body \
     FROM origins o LEFT JOIN log l ON l.origin = o.id AND l.last_seq = $2 WHERE o.id = $1";
+
+/// Erases changes from a run.
+pub(super) const REPLACE_BODY: &str = "UPDATE log SET body = $3 WHERE origin = $1 AND last_seq = $2";
+
+/// The earliest time counts.
+pub(super) const PUT_TOMBSTONE: &str = "\
+    INSERT INTO tombstones (document_id, placement_group, deleted_at) VALUES ($1, $2, $3) \
+    ON CONFLICT (document_id) DO UPDATE SET deleted_at = excluded.deleted_at \
+    WHERE tombstones.deleted_at > excluded.deleted_at";
+
+/// All that a document has but its tombstone.
+pub(super) const DELETE_DOCUMENT: [&str; 4] = [
+    "DELETE FROM documents WHERE id = $1",
+    "DELETE FROM changes WHERE document_id = $1",
+    "DELETE FROM bases WHERE document_id = $1",
+    "DELETE FROM base_contents WHERE document_id = $1",
+];
 
 pub(super) const READ_REGION: &str = "SELECT name, storage_id FROM region";
 
 pub(super) const PUT_REGION: &str =
     "INSERT INTO region (only_row, name, storage_id) VALUES (1, $1, $2) ON CONFLICT (only_row) DO NOTHING";
 
+/// Takes the slot from its origin, and fences whoever holds it (clause 4).
+pub(super) const REPLACE_ORIGIN: &str = "\
+    UPDATE origins SET slot = NULL, incarnation = incarnation + 1 \
+    WHERE region = $1 AND placement_group = $2 AND slot = $3";
+
 /// Creates an origin, or counts its incarnation up.
 pub(super) const CLAIM_ORIGIN: &str = "\
-    INSERT INTO origins (id, region, placement_group, slot, incarnation, seq) VALUES ($1, $2, $3, $4, 1, 0) \
+    INSERT INTO origins (id, region, placement_group, slot, incarnation, seq, chain) \
+    VALUES ($1, $2, $3, $4, 1, 0, $5) \
     ON CONFLICT (region, placement_group, slot) DO UPDATE SET incarnation = origins.incarnation + 1 \
-    RETURNING id, incarnation, seq";
+    RETURNING id, incarnation, seq, chain";
+
+pub(super) const READ_ORIGINS: &str =
+    "SELECT id, region, placement_group, seq, chain FROM origins ORDER BY id";
+
+/// Raises an origin, or creates it. Whoever held it is fenced.
+pub(super) const ADOPT_ORIGIN: &str = "\
+    INSERT INTO origins (id, region, placement_group, slot, incarnation, seq, chain) \
+    VALUES ($1, $2, $3, NULL, 0, $4, $5) \
+    ON CONFLICT (id) DO UPDATE SET seq = excluded.seq, chain = excluded.chain, slot = NULL, \
+        incarnation = origins.incarnation + CASE WHEN origins.slot IS NULL THEN 0 ELSE 1 END \
+    WHERE origins.seq < excluded.seq";
+
+/// The runs that an adopted counter leaves below it.
+pub(super) const DELETE_RUNS: &str = "DELETE FROM log WHERE origin = $1 AND last_seq <= $2";
+
+pub(super) const NOTE_ACKNOWLEDGEMENT: &str = "\
+    INSERT INTO acknowledgements (region, origin, seq) VALUES ($1, $2, $3) \
+    ON CONFLICT (region, origin) DO UPDATE SET seq = excluded.seq WHERE acknowledgements.seq < excluded.seq";
+
+pub(super) const READ_ACKNOWLEDGEMENTS: &str =
+    "SELECT region, origin, seq FROM acknowledgements ORDER BY region, origin";
 
 /// Documents and changes; a change that stands in two bundles counts twice.
 pub(super) const COUNT_ROWS: &str = "\
@@ -113,39 +191,11 @@ pub(super) fn check_region(expected: &RegionName, found: &str) -> Result<(), Sto
     Err(StorageError::OtherRegion { expected: expected.clone(), found })
 }
 
-/// An origin's id from its column.
-pub(super) fn origin_id(bytes: &[u8]) -> Result<OriginId, StorageError> {
-    Uuid::from_slice(bytes).map(OriginId).map_err(|error| StorageError::Fatal(Box::new(error)))
-}
-
-/// The documents of a batch, each once and in order: two writers that create the same documents wait for each other in
-/// the same order instead of in a circle.
-pub(super) fn documents(batch: &[DocumentAppend]) -> Vec<&DocumentId> {
-    let mut documents: Vec<_> = batch.iter().map(|append| &append.document).collect();
-    documents.sort_unstable();
-    documents.dedup();
+/// The documents of a batch with their groups, each once and in order: two writers that create the same documents wait
+/// for each other in the same order instead of in a circle.
+pub(super) fn documents(batch: &[DocumentAppend]) -> Vec<(&DocumentId, &PlacementGroup)> {
+    let mut documents: Vec<_> = batch.iter().map(|append| (&append.document, &append.group)).collect();
+    documents.sort_by_key(|(id, _)| *id);
+    documents.dedup_by_key(|(id, _)| *id);
     documents
-}
-
-/// A document's state as its two columns.
-pub(super) fn state_columns(state: &DocumentState) -> (i32, Option<&str>) {
-    match state {
-        DocumentState::Live => (0, None),
-        DocumentState::Quarantined { reason } => (1, Some(reason)),
-    }
-}
-
-/// A document's state from its two columns.
-pub(super) fn state_from_columns(state: i32, reason: Option<String>) -> Result<DocumentState, StorageError> {
-    match state {
-        0 => Ok(DocumentState::Live),
-        1 => Ok(DocumentState::Quarantined { reason: reason.unwrap_or_default() }),
-        unknown => Err(StorageError::Fatal(format!("a document has the unknown state {unknown}").into())),
-    }
-}
-
-/// Milliseconds of Unix time, for `created_at`.
-pub(super) fn now_ms() -> i64 {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    since.map_or(0, |elapsed| i64::try_from(elapsed.as_millis()).unwrap_or(i64::MAX))
 }

@@ -7,32 +7,35 @@
 //! The file does not shrink by itself: what pruning frees is reused.
 
 mod append;
+mod deletion;
 mod open;
+mod origins;
 mod prune;
 mod rows;
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use isobar_protocol::ids::{
-    ChangeHash, DocumentId, Incarnation, OriginId, PlacementGroup, RegionName, Seq, StorageId,
-};
+use isobar_protocol::ids::{ChangeHash, DocumentId, OriginId, PlacementGroup, RegionName, Seq, StorageId};
 use sqlx::error::DatabaseError;
-use sqlx::sqlite::{SqliteConnection, SqliteRow};
-use sqlx::{Connection, Row, SqlitePool};
+use sqlx::sqlite::SqliteConnection;
+use sqlx::{Connection, SqlitePool};
 use tokio::sync::{MappedMutexGuard, Mutex, MutexGuard};
-use uuid::Uuid;
 
 use self::append::Appended;
-use super::bundle::Tail;
+use super::clock::{before_now_ms, now_ms};
 use super::failure::{clamped, classify, intact, signed, unsigned};
-use super::log_run::{FoundCounter, LogRun, gather, judge_refused};
-use super::schema::{self, state_columns, state_from_columns};
+use super::log_run::{FoundCounter, check, judge_refused};
+use super::rows::{
+    AcknowledgementRow, ContentsRow, CounterRow, ListedRow, OriginRow, loaded_document, read_runs,
+    state_columns,
+};
 use super::{
-    ClaimedOrigin, DocumentAppend, DocumentState, LogEntry, NewBase, Storage, StorageError,
-    StorageStatistics, StoredBase, StoredDocument, new_storage_id,
+    Acknowledgement, Batch, ClaimedOrigin, DocumentState, ListedDocument, NewBase, RunAppend, Storage,
+    StorageError, StorageStatistics, StoredDocument, StoredOrigin, StoredRun, new_storage_id, schema,
 };
 
 /// A SQLite database that is open.
@@ -76,10 +79,12 @@ impl SqliteStorage {
         statement: &'static str,
         document: &DocumentId,
     ) -> Result<Option<(u64, Bytes)>, StorageError> {
-        let row = sqlx::query(statement).bind(document.as_bytes()).fetch_optional(&self.readers).await;
-        row.map_err(failed)?
-            .map(|row| Ok((unsigned(column(&row, "generation")?)?, bytes(&row, "contents")?)))
-            .transpose()
+        let row: Option<ContentsRow> = sqlx::query_as(statement)
+            .bind(document.as_bytes())
+            .fetch_optional(&self.readers)
+            .await
+            .map_err(failed)?;
+        row.map(ContentsRow::contents).transpose()
     }
 }
 
@@ -111,59 +116,18 @@ fn failed(error: sqlx::Error) -> StorageError {
     classify(error, may_pass)
 }
 
-fn column<'r, T>(row: &'r SqliteRow, name: &str) -> Result<T, StorageError>
-where
-    T: sqlx::Decode<'r, sqlx::Sqlite> + sqlx::Type<sqlx::Sqlite>,
-{
-    row.try_get(name).map_err(failed)
-}
-
-fn bytes(row: &SqliteRow, name: &str) -> Result<Bytes, StorageError> {
-    column::<Vec<u8>>(row, name).map(Bytes::from)
-}
-
-fn run_from_row(row: &SqliteRow, last: Seq) -> Result<LogRun, StorageError> {
-    let first = Seq(unsigned(column(row, "first_seq")?)?);
-    Ok(LogRun { first, last, entries: column(row, "entries")? })
-}
-
-fn document_from_row(row: &SqliteRow) -> Result<StoredDocument, StorageError> {
-    let base = match column::<Option<i64>>(row, "generation")? {
-        None => None,
-        Some(generation) => Some(StoredBase {
-            generation: unsigned(generation)?,
-            summary: bytes(row, "summary")?,
-            chunk_bytes: unsigned(column(row, "chunk_bytes")?)?,
-            pruned: column(row, "pruned")?,
-        }),
-    };
-    Ok(StoredDocument {
-        group: intact(PlacementGroup::new(column(row, "placement_group")?))?,
-        state: state_from_columns(column(row, "state")?, column(row, "state_reason")?)?,
-        base,
-        tail: Vec::new(),
-    })
-}
-
-/// Finds out what an append met whose counter was elsewhere.
+/// Finds out what a run met whose counter was elsewhere.
 async fn read_counter(
     connection: &mut SqliteConnection,
-    origin: OriginId,
-    end: Seq,
-) -> Result<FoundCounter, StorageError> {
-    let row = sqlx::query(schema::READ_COUNTER)
-        .bind(&origin.0.as_bytes()[..])
-        .bind(signed(end.0))
+    run: &RunAppend,
+) -> Result<Option<FoundCounter>, StorageError> {
+    let row: Option<CounterRow> = sqlx::query_as(schema::READ_COUNTER)
+        .bind(&run.origin.0.as_bytes()[..])
+        .bind(signed(run.last.0))
         .fetch_optional(connection)
         .await
-        .map_err(failed)?
-        .ok_or_else(|| StorageError::Fatal(format!("origin {origin:?} is not in the database").into()))?;
-    let has_run = column::<Option<i64>>(&row, "first_seq")?.is_some();
-    Ok(FoundCounter {
-        incarnation: Incarnation(unsigned(column(&row, "incarnation")?)?),
-        seq: Seq(unsigned(column(&row, "seq")?)?),
-        run_at_end: if has_run { Some(run_from_row(&row, end)?) } else { None },
-    })
+        .map_err(failed)?;
+    row.map(CounterRow::found).transpose()
 }
 
 async fn found_region(connection: &mut SqliteConnection) -> Result<Option<(String, String)>, StorageError> {
@@ -195,67 +159,42 @@ impl Storage for SqliteStorage {
         region: &RegionName,
         group: &PlacementGroup,
         slot: u32,
+        anew: bool,
     ) -> Result<ClaimedOrigin, StorageError> {
         let mut writer = self.writer().await?;
-        let mut transaction = writer.begin_with("BEGIN IMMEDIATE").await.map_err(failed)?;
-        if let Some((name, _)) = found_region(&mut transaction).await? {
-            schema::check_region(region, &name)?;
-        }
-        let row = sqlx::query(schema::CLAIM_ORIGIN)
-            .bind(&Uuid::new_v4().as_bytes()[..])
-            .bind(region.as_str())
-            .bind(group.as_str())
-            .bind(i64::from(slot))
-            .fetch_one(&mut *transaction)
-            .await
-            .map_err(failed)?;
-        transaction.commit().await.map_err(failed)?;
-        Ok(ClaimedOrigin {
-            id: schema::origin_id(column(&row, "id")?)?,
-            group: group.clone(),
-            incarnation: Incarnation(unsigned(column(&row, "incarnation")?)?),
-            last_seq: Seq(unsigned(column(&row, "seq")?)?),
-        })
+        origins::claim(&mut writer, region, group, slot, anew).await
     }
 
-    async fn append(
-        &self,
-        origin: &ClaimedOrigin,
-        first_seq: Seq,
-        batch: &[DocumentAppend],
-    ) -> Result<Seq, StorageError> {
-        let Some(run) = LogRun::pack(first_seq, batch) else {
-            return Ok(Seq(first_seq.0 - 1));
-        };
+    async fn origins(&self) -> Result<Vec<StoredOrigin>, StorageError> {
+        let rows: Vec<OriginRow> =
+            sqlx::query_as(schema::READ_ORIGINS).fetch_all(&self.readers).await.map_err(failed)?;
+        rows.into_iter().map(OriginRow::origin).collect()
+    }
+
+    async fn append(&self, batch: &Batch) -> Result<(), StorageError> {
+        check(batch);
+        if batch.runs.is_empty() && batch.changes.is_empty() && batch.deletions.is_empty() {
+            return Ok(());
+        }
+        let seen = deletion::look(self, &batch.deletions).await?;
         let mut writer = self.settled_writer().await?;
         writer.unsettled = true;
-        match append::run(&mut writer.connection, origin, &run, batch).await.map_err(failed)? {
-            Appended::Committed => {
-                writer.unsettled = false;
-                Ok(run.last)
-            }
-            Appended::Refused => {
-                writer.settle().await?;
-                let found = read_counter(&mut writer.connection, origin.id, run.last).await?;
-                judge_refused(origin, &run, found)
-            }
+        let appended = append::run(&mut writer.connection, batch, seen).await?;
+        if let Appended::Committed = appended {
+            writer.unsettled = false;
+            return Ok(());
         }
+        writer.settle().await?;
+        let mut found = Vec::new();
+        for run in &batch.runs {
+            found.push(read_counter(&mut writer.connection, run).await?);
+        }
+        judge_refused(&batch.runs, &found)
     }
 
     async fn load_document(&self, document: &DocumentId) -> Result<Option<StoredDocument>, StorageError> {
-        let rows =
-            sqlx::query(schema::LOAD_DOCUMENT).bind(document.as_bytes()).fetch_all(&self.readers).await;
-        let mut loaded = None;
-        let mut tail = Tail::default();
-        for row in &rows.map_err(failed)? {
-            if column::<Option<&str>>(row, "placement_group")?.is_some() {
-                loaded = Some(document_from_row(row)?);
-            } else {
-                let first = Seq(unsigned(column(row, "first_seq")?)?);
-                tail.push(first, column(row, "hashes")?, &bytes(row, "changes")?)?;
-            }
-        }
-        Ok(loaded.map(|document| StoredDocument { tail: tail.into_changes(), ..document }))
+        let query = sqlx::query_as(schema::LOAD_DOCUMENT).bind(document.as_bytes());
+        loaded_document(query.fetch_all(&self.readers).await.map_err(failed)?)
     }
 
     async fn read_base_chunk(&self, document: &DocumentId) -> Result<Option<(u64, Bytes)>, StorageError> {
@@ -335,24 +274,74 @@ impl Storage for SqliteStorage {
         &self,
         origin: OriginId,
         after: Seq,
-        limit: u32,
-    ) -> Result<Vec<LogEntry>, StorageError> {
-        let rows = sqlx::query(schema::READ_LOG)
+        bytes_max: usize,
+    ) -> Result<Vec<StoredRun>, StorageError> {
+        let rows = sqlx::query_as(schema::READ_LOG)
             .bind(&origin.0.as_bytes()[..])
             .bind(clamped(after.0))
-            .bind(clamped(after.0.saturating_add(u64::from(limit))))
+            .bind(clamped(bytes_max.max(1) as u64))
+            .bind(schema::RUNS_READ_MAX)
             .fetch_all(&self.readers)
             .await
             .map_err(failed)?;
-        let runs: Result<Vec<LogRun>, StorageError> =
-            rows.iter().map(|row| run_from_row(row, Seq(unsigned(column(row, "last_seq")?)?))).collect();
-        gather(&runs?, after, limit as usize)
+        read_runs(rows, after)
     }
 
-    async fn truncate_log(&self, origin: OriginId, up_to: Seq) -> Result<(), StorageError> {
+    async fn truncate_log(
+        &self,
+        origin: OriginId,
+        up_to: Seq,
+        older_than: Duration,
+    ) -> Result<(), StorageError> {
         sqlx::query(schema::TRUNCATE_LOG)
             .bind(&origin.0.as_bytes()[..])
             .bind(clamped(up_to.0))
+            .bind(before_now_ms(older_than))
+            .execute(&mut *self.writer().await?)
+            .await
+            .map_err(failed)?;
+        Ok(())
+    }
+
+    async fn adopt_origins(&self, origins: &[StoredOrigin]) -> Result<(), StorageError> {
+        let mut writer = self.writer().await?;
+        origins::adopt(&mut writer, origins).await.map_err(failed)
+    }
+
+    async fn note_acknowledgements(&self, news: &[Acknowledgement]) -> Result<(), StorageError> {
+        let mut writer = self.writer().await?;
+        origins::note_acknowledgements(&mut writer, news).await.map_err(failed)
+    }
+
+    async fn acknowledgements(&self) -> Result<Vec<Acknowledgement>, StorageError> {
+        let rows: Vec<AcknowledgementRow> =
+            sqlx::query_as(schema::READ_ACKNOWLEDGEMENTS).fetch_all(&self.readers).await.map_err(failed)?;
+        rows.into_iter().map(AcknowledgementRow::acknowledgement).collect()
+    }
+
+    async fn list_documents(
+        &self,
+        after: Option<&DocumentId>,
+        limit: u32,
+    ) -> Result<Vec<ListedDocument>, StorageError> {
+        let rows: Vec<ListedRow> = sqlx::query_as(schema::LIST_DOCUMENTS)
+            .bind(after.map_or(&[][..], DocumentId::as_bytes))
+            .bind(i64::from(limit))
+            .fetch_all(&self.readers)
+            .await
+            .map_err(failed)?;
+        rows.into_iter().map(ListedRow::listed).collect()
+    }
+
+    async fn create_document(
+        &self,
+        document: &DocumentId,
+        group: &PlacementGroup,
+    ) -> Result<(), StorageError> {
+        sqlx::query(schema::CREATE_DOCUMENT)
+            .bind(document.as_bytes())
+            .bind(group.as_str())
+            .bind(now_ms())
             .execute(&mut *self.writer().await?)
             .await
             .map_err(failed)?;

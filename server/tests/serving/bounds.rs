@@ -5,14 +5,14 @@ use std::time::{Duration, Instant};
 
 use automerge::transaction::Transactable;
 use automerge::{AutoCommit, ROOT, ScalarValue};
+use isobar::storage::StoredChange;
 use isobar::storage::memory::MemoryStorage;
 use isobar::storage::sqlite::SqliteStorage;
-use isobar::storage::{DocumentAppend, Storage, StoredChange};
-use isobar_protocol::ids::{ChangeHash, DocumentId, PlacementGroup, RegionName, Seq};
+use isobar_protocol::ids::{ChangeHash, DocumentId};
 use tokio_tungstenite::tungstenite;
 
 use crate::support::{
-    Client, FaultyStorage, Heard, Node, document_id, eventually, in_time, number, put, settings,
+    Client, FaultyStorage, Heard, Node, append, document_id, eventually, in_time, number, put, settings,
 };
 
 /// Bytes that do not compress.
@@ -74,10 +74,7 @@ async fn a_download_that_takes_longer_than_silence_may_is_not_cut() {
         hash: ChangeHash(change.hash().0),
         bytes: change.raw_bytes().to_vec().into(),
     });
-    let batch = [DocumentAppend { document: document.clone(), changes: changes.collect() }];
-    let (region, group) = (RegionName::new("local").unwrap(), PlacementGroup::new("default").unwrap());
-    let origin = store.claim_origin(&region, &group, 0).await.unwrap();
-    store.append(&origin, Seq(1), &batch).await.unwrap();
+    append(&store, &document, changes.collect()).await;
     let mut settings = settings();
     settings.ping_seconds = 1;
     let node = Node::start_with(settings, store).await;

@@ -7,10 +7,10 @@ use automerge::{AutoCommit, ROOT, ReadDoc};
 use isobar::config::Settings;
 use isobar::storage::memory::MemoryStorage;
 use isobar::storage::sqlite::SqliteStorage;
-use isobar::storage::{DocumentAppend, Storage, StoredChange};
-use isobar_protocol::ids::{ChangeHash, DocumentId, PlacementGroup, RegionName, Seq};
+use isobar::storage::{Storage, StoredChange};
+use isobar_protocol::ids::{ChangeHash, DocumentId};
 
-use crate::support::{Client, FaultyStorage, Node, document_id, eventually, number, put, settings};
+use crate::support::{Client, FaultyStorage, Node, append, document_id, eventually, number, put, settings};
 
 /// More changes than a base is made for while a document is in use.
 const CHANGES: i64 = 12_000;
@@ -51,15 +51,12 @@ fn heads(doc: &mut AutoCommit) -> Vec<ChangeHash> {
 }
 
 /// Puts a document into a store, as single changes.
-async fn append(storage: &impl Storage, document: &DocumentId, doc: &mut AutoCommit) {
-    let (region, group) = (RegionName::new("local").unwrap(), PlacementGroup::new("default").unwrap());
-    let origin = storage.claim_origin(&region, &group, 0).await.unwrap();
+async fn append_all(storage: &impl Storage, document: &DocumentId, doc: &mut AutoCommit) {
     let changes = doc.get_changes(&[]).into_iter().map(|change| StoredChange {
         hash: ChangeHash(change.hash().0),
         bytes: change.raw_bytes().to_vec().into(),
     });
-    let batch = [DocumentAppend { document: document.clone(), changes: changes.collect() }];
-    storage.append(&origin, Seq(origin.last_seq.0 + 1), &batch).await.unwrap();
+    append(storage, document, changes.collect()).await;
 }
 
 /// Asserts that two documents have equal contents and history.
@@ -85,7 +82,7 @@ async fn a_long_document_gets_a_base_and_nobody_notices() {
     early.apply_changes(all[..3_000].to_vec()).unwrap();
     stale.apply_changes(all[..CHANGES as usize - 50].to_vec()).unwrap();
     let storage = SqliteStorage::open(&file).await.unwrap();
-    append(&storage, &document, &mut truth).await;
+    append_all(&storage, &document, &mut truth).await;
     let before = storage.statistics().await.unwrap();
     let change_bytes: usize = all.iter().map(|change| change.raw_bytes().len()).sum();
     assert_eq!(before.changes, CHANGES as u64);
@@ -215,7 +212,7 @@ async fn assert_killing_loses_nothing(after: bool) {
     let mut deaths = 0;
     loop {
         let store = MemoryStorage::new();
-        append(&store, &document, &mut killed_document()).await;
+        append_all(&store, &document, &mut killed_document()).await;
         let (died, mut truth) = serve_until_killed(&store, &document, deaths, after).await;
         // A cold client of the next process has everything, and may go on.
         let node = Node::start(store.reopen()).await;

@@ -8,6 +8,7 @@ use std::sync::mpsc;
 use std::time::Instant;
 
 use automerge::AutoCommit;
+use isobar::config::{PeerAddress, ServeArgs, Settings};
 use isobar::storage::Storage;
 use isobar::storage::sqlite::SqliteStorage;
 use tempfile::TempDir;
@@ -221,6 +222,164 @@ fn a_file_that_is_wrong_is_refused_by_what_is_wrong() {
     assert!(said.contains("absent.toml"), "{said}");
 }
 
+const KEY: &str = "the same secret in every region of the cluster";
+
+/// What a start is refused with that has these settings beside others that would do.
+fn refused_with(set: impl FnOnce(&mut Command, &Path)) -> String {
+    let directory = TempDir::new().unwrap();
+    let mut command = serve_anywhere(directory.path());
+    set(&mut command, directory.path());
+    let said = refused(command);
+    assert!(!directory.path().join("isobar-data").exists(), "nothing was made before the refusal");
+    assert!(!said.contains(KEY), "{said}");
+    said
+}
+
+#[test]
+fn peers_come_from_flags_before_the_environment_before_the_file() {
+    let file = "peers = [\"ws://file:1\", \"ws://file:2\"]\n";
+    let named = |set: fn(&mut Command)| {
+        refused_with(|command, directory| {
+            std::fs::write(directory.join("isobar.toml"), file).unwrap();
+            command.args(["--config", "isobar.toml"]);
+            set(command);
+        })
+    };
+    // Without a key the first of them is complained about.
+    assert!(named(|_| ()).contains("peer ws://file:1 is configured, but no cluster key"));
+    const SEVERAL: &str = "dns://environment:1, ws://environment:2,";
+    let said = named(|it| {
+        it.env("ISOBAR_PEERS", SEVERAL);
+    });
+    assert!(said.contains("peer dns://environment:1 is"), "{said}");
+    let said = named(|it| {
+        it.env("ISOBAR_PEERS", SEVERAL).args(["--peer", "ws://a:1", "--peer", "ws://b:1"]);
+    });
+    assert!(said.contains("peer ws://a:1 is"), "{said}");
+}
+
+#[tokio::test]
+async fn peers_are_spoken_to_with_a_cluster_key_only() {
+    let peer = ["--peer", "ws://127.0.0.1:9", "--peer-listen", "127.0.0.1:0"];
+    let said = refused_with(|it, _| {
+        it.args(peer);
+    });
+    assert!(said.contains("--cluster-key-file") && said.contains("ISOBAR_CLUSTER_KEY"), "{said}");
+    // --insecure is about clients and operators.
+    let said = refused_with(|it, _| {
+        it.args(["--peer-listen", "0.0.0.0:0", "--insecure"]);
+    });
+    assert!(said.contains("peer_listen = 0.0.0.0:0") && said.contains("no cluster key"), "{said}");
+
+    let ready = async |set: &dyn Fn(&mut Command, &Path)| {
+        let directory = TempDir::new().unwrap();
+        let mut command = serve_anywhere(directory.path());
+        set(&mut command, directory.path());
+        assert_eq!(get(Process::start(command).admin, "/readyz").await.0, 200);
+    };
+    ready(&|it, _| {
+        it.args(peer).env("ISOBAR_CLUSTER_KEY", KEY);
+    })
+    .await;
+    ready(&|it, directory| {
+        std::fs::write(directory.join("key"), format!("{KEY}\n")).unwrap();
+        // The flag goes before the environment.
+        it.args(peer).args(["--cluster-key-file", "key"]).env("ISOBAR_CLUSTER_KEY", "short");
+    })
+    .await;
+    ready(&|it, directory| {
+        std::fs::write(directory.join("key"), KEY).unwrap();
+        std::fs::write(directory.join("isobar.toml"), "cluster_key_file = \"key\"\n").unwrap();
+        it.args(peer).args(["--config", "isobar.toml"]);
+    })
+    .await;
+    let said = refused_with(|it, _| {
+        it.args(["--peer-listen", "127.0.0.1:0"]);
+    });
+    assert!(said.contains("peer_listen = 127.0.0.1:0") && said.contains("no cluster key"), "{said}");
+}
+
+#[test]
+fn a_cluster_key_is_refused_without_being_repeated() {
+    let short = "a secret that is too short";
+    let said = refused_with(|it, _| {
+        it.env("ISOBAR_CLUSTER_KEY", short);
+    });
+    assert!(said.contains("26 bytes") && said.contains("at least 32") && !said.contains(short), "{said}");
+    let said = refused_with(|it, directory| {
+        std::fs::write(directory.join("key"), short).unwrap();
+        it.env("ISOBAR_CLUSTER_KEY_FILE", "key");
+    });
+    assert!(said.contains("file key") && said.contains("26 bytes") && !said.contains(short), "{said}");
+    let said = refused_with(|it, _| {
+        it.args(["--cluster-key-file", "absent"]);
+    });
+    assert!(said.contains("absent cannot be read"), "{said}");
+    let said = refused_with(|it, _| {
+        it.env("ISOBAR_CLUSTER_KEY", KEY).env("ISOBAR_CLUSTER_KEY_FILE", "key");
+    });
+    assert!(said.contains("which one is meant"), "{said}");
+    let said = refused_with(|it, directory| {
+        std::fs::write(directory.join("isobar.toml"), format!("cluster_key = \"{KEY}\"\n")).unwrap();
+        it.args(["--config", "isobar.toml"]);
+    });
+    assert!(said.contains("cluster_key_file") && said.contains("file of its own"), "{said}");
+}
+
+#[test]
+fn what_is_said_of_the_cluster_is_checked() {
+    for (content, says) in [
+        ("region = \"eu west\"\n", "eu west"),
+        ("cluster_id = \"\"\n", "cluster_id"),
+        ("advertise = \"https://eu.example\"\n", "advertise"),
+        ("peers = [\"http://us.example:4401\"]\n", "dns://NAME:PORT"),
+        ("peers = [\"ws://us.example\"]\n", "port"),
+        ("log_keep_hours = -1\n", "log_keep_hours"),
+        ("[groups]\ndefault = [\"frankfurt\"]\n", "all regions"),
+        ("[groups]\neu-only = []\n", "\"eu-only\" has no regions"),
+        ("[groups]\neu-only = [\"paris\", \"paris\"]\n", "twice"),
+        ("[groups]\neu-only = [\"par is\"]\n", "par is"),
+        ("[groups]\n\"eu only\" = [\"paris\"]\n", "eu only"),
+    ] {
+        let said = refused_with(|it, directory| {
+            std::fs::write(directory.join("isobar.toml"), content).unwrap();
+            it.args(["--config", "isobar.toml"]);
+        });
+        assert!(said.contains(says), "{content:?} was refused with {said}");
+    }
+}
+
+#[test]
+fn a_file_says_which_regions_hold_what() {
+    let directory = TempDir::new().unwrap();
+    let file = directory.path().join("isobar.toml");
+    let content = "region = \"paris\"\nadvertise = \"wss://paris.example/sync\"\npeers = []\n\
+                   log_keep_hours = 48\n\
+                   [groups]\nEU-only = [\"frankfurt\", \"paris\"]\nus = [\"virginia\"]\n";
+    std::fs::write(&file, content).unwrap();
+    let settings = Settings::load(&ServeArgs { config: Some(file), ..Default::default() }).unwrap();
+    let groups = settings.groups.of(&settings.region_name().unwrap());
+    assert_eq!(groups.iter().map(|group| group.as_str()).collect::<Vec<_>>(), ["EU-only", "default"]);
+    assert_eq!(settings.log_keep().as_secs(), 48 * 3600);
+    assert_eq!(settings.advertise.as_deref(), Some("wss://paris.example/sync"));
+    assert_eq!(settings.peer_listener(), None);
+    // What is not set is as it is without a file.
+    let defaults = Settings::default();
+    assert_eq!((settings.cluster_id, settings.idle_seconds), (defaults.cluster_id, defaults.idle_seconds));
+}
+
+#[test]
+fn the_peer_listener_is_opened_for_peers_or_when_it_is_asked_for() {
+    let peer = PeerAddress::parse("ws://virginia:4401").unwrap();
+    let asked: SocketAddr = "127.0.0.1:7".parse().unwrap();
+    assert_eq!(Settings::default().peer_listener(), None);
+    let settings = Settings { peers: vec![peer], ..Settings::default() };
+    assert_eq!(settings.peer_listener(), Some("127.0.0.1:4401".parse().unwrap()));
+    assert_eq!(Settings { peer_listen: Some(asked), ..settings }.peer_listener(), Some(asked));
+    let settings = Settings { peer_listen: Some(asked), ..Settings::default() };
+    assert_eq!(settings.peer_listener(), Some(asked));
+}
+
 #[tokio::test]
 async fn a_database_of_a_newer_program_or_another_region_is_refused() {
     let directory = TempDir::new().unwrap();
@@ -279,6 +438,15 @@ fn help_names_every_flag_and_its_default() {
         "--insecure",
         "--log <FILTER>",
         "--log-format <FORMAT>",
+        "--peer <URL>",
+        "dns://NAME:PORT",
+        "--peer-listen <ADDRESS>",
+        "127.0.0.1:4401",
+        "--advertise <URL>",
+        "--cluster-id <NAME>",
+        "[default: isobar]",
+        "--cluster-key-file <FILE>",
+        "ISOBAR_CLUSTER_KEY",
     ] {
         assert!(serve.contains(says), "{says} is missing from {serve}");
     }

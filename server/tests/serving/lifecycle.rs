@@ -8,15 +8,15 @@ use std::sync::atomic::Ordering;
 use automerge::AutoCommit;
 use isobar::storage::memory::MemoryStorage;
 use isobar::storage::sqlite::SqliteStorage;
-use isobar::storage::{DocumentAppend, DocumentState, NewBase, Storage, StorageError, StoredChange};
-use isobar_protocol::ids::{ChangeHash, DocumentId, Incarnation, OriginId, PlacementGroup, RegionName, Seq};
+use isobar::storage::{DocumentState, NewBase, Storage, StorageError, StoredChange};
+use isobar_protocol::ids::{ChangeHash, DocumentId, Incarnation, OriginId};
 use isobar_protocol::wire;
 use tokio_tungstenite::tungstenite::Message;
 
 use crate::draft::*;
 use crate::support::{
-    Client, Ended, Faults, FaultyStorage, Heard, Node, document_id, eventually, get, in_time, number, put,
-    settings,
+    Client, Ended, Faults, FaultyStorage, Heard, Node, append, document_id, eventually, get, in_time, number,
+    put, settings,
 };
 
 /// A node whose storage can fail, with a document, its author, and a reader.
@@ -294,14 +294,6 @@ async fn a_silent_client_is_pinged_and_closed_only_if_it_does_not_answer() {
 
 fn stored(change: &automerge::Change) -> StoredChange {
     StoredChange { hash: ChangeHash(change.hash().0), bytes: change.raw_bytes().to_vec().into() }
-}
-
-/// Puts changes into a store beside any node.
-async fn append(store: &impl Storage, document: &DocumentId, changes: Vec<StoredChange>) {
-    let (region, group) = (RegionName::new("local").unwrap(), PlacementGroup::new("default").unwrap());
-    let origin = store.claim_origin(&region, &group, 0).await.unwrap();
-    let batch = [DocumentAppend { document: document.clone(), changes }];
-    store.append(&origin, Seq(origin.last_seq.0 + 1), &batch).await.unwrap();
 }
 
 /// Asserts that a document is withheld, and that a client that asks for it keeps its connection and other documents.

@@ -5,9 +5,13 @@
 mod bounds;
 mod compaction;
 mod configuration;
+mod demo;
 #[path = "../../../protocol/tests/decoders/draft.rs"]
 #[allow(dead_code, reason = "the decoders' tests need more columns")]
 mod draft;
+mod groups;
 mod hostile;
 mod lifecycle;
+mod links;
+mod replication;
 mod support;

@@ -27,13 +27,13 @@ pub async fn an_unknown_document_is_none(database: Database) {
 pub async fn a_document_keeps_its_group_and_state(database: Database) {
     let storage = database.open().await;
     let origin = claim(&*storage, 0).await;
-    storage.append(&origin, Seq(1), &[append(1, 0..1)]).await.unwrap();
+    append_own(&*storage, &origin, Seq(1), &[append(1, 0..1)]).await.unwrap();
     let loaded = load(&*storage, 1).await;
     assert_eq!((loaded.group, loaded.state, loaded.base), (group(), DocumentState::Live, None));
 
     let quarantined = DocumentState::Quarantined { reason: "does not apply: \u{1f4a5}".to_owned() };
     storage.set_state(&document(1), &quarantined).await.unwrap();
-    storage.append(&origin, Seq(2), &[append(1, 1..2)]).await.unwrap();
+    append_own(&*storage, &origin, Seq(2), &[append(1, 1..2)]).await.unwrap();
     let database = database.crashed();
     let storage = database.open().await;
     assert_eq!(load(&*storage, 1).await.state, quarantined);
@@ -75,7 +75,7 @@ async fn write_and_compact(storage: Arc<dyn Storage>, race: Arc<Race>) {
     for round in 0..40_u32 {
         let (first, end) = (round * 25, round * 25 + 25);
         let batch = [append(1, first..end)];
-        storage.append(&origin, Seq(u64::from(first) + 1), &batch).await.unwrap();
+        append_own(&*storage, &origin, Seq(u64::from(first) + 1), &batch).await.unwrap();
         race.committed.store(end, Ordering::SeqCst);
         let generation = u64::from(round);
         let generation =
@@ -133,7 +133,7 @@ pub async fn clause_6_loads_that_race_compaction_miss_nothing(database: Database
 pub async fn clause_7_a_base_replaces_only_the_one_it_was_made_from(database: Database) {
     let storage = database.open().await;
     let origin = claim(&*storage, 0).await;
-    storage.append(&origin, Seq(1), &[append(1, 0..1)]).await.unwrap();
+    append_own(&*storage, &origin, Seq(1), &[append(1, 0..1)]).await.unwrap();
     let refused = storage.install_base(&document(1), 1, base(b"early")).await;
     assert!(matches!(refused, Err(StorageError::Conflict { expected: 1, found: 0 })));
     assert_eq!(load(&*storage, 1).await.base, None);
@@ -157,7 +157,7 @@ pub async fn clause_7_a_base_replaces_only_the_one_it_was_made_from(database: Da
 pub async fn clause_7_installing_removes_nothing_and_pruning_ends_with_its_generation(database: Database) {
     let storage = database.open().await;
     let origin = claim(&*storage, 0).await;
-    storage.append(&origin, Seq(1), &[append(1, 0..700)]).await.unwrap();
+    append_own(&*storage, &origin, Seq(1), &[append(1, 0..700)]).await.unwrap();
     storage.install_base(&document(1), 0, base(b"one")).await.unwrap();
     assert_eq!(load(&*storage, 1).await.tail.len(), 700);
 
@@ -187,9 +187,9 @@ pub async fn clause_7_pruning_takes_changes_out_of_whatever_they_were_appended_w
     let mut batch: Vec<_> = (0..301).map(|number| append(1, [number])).collect();
     batch.extend((301..601).step_by(3).map(|first| append(1, first..first + 3)));
     batch.push(append(1, 601..701));
-    storage.append(&origin, Seq(1), &batch).await.unwrap();
+    append_own(&*storage, &origin, Seq(1), &batch).await.unwrap();
     // A change that came twice goes entirely.
-    storage.append(&origin, Seq(702), &[append(1, [2, 302, 650, 701])]).await.unwrap();
+    append_own(&*storage, &origin, Seq(702), &[append(1, [2, 302, 650, 701])]).await.unwrap();
 
     let covered: Vec<ChangeHash> = (0..701).filter(|number| number % 7 != 0).map(hash).collect();
     storage.prune_changes(&document(1), &covered).await.unwrap();
@@ -201,7 +201,7 @@ pub async fn clause_7_two_nodes_may_prune_a_document_at_once(database: Database)
     let (one, other) = (database.open().await, database.open().await);
     let origin = claim(&*one, 0).await;
     let batch: Vec<_> = (0..400).step_by(10).map(|first| append(1, first..first + 10)).collect();
-    one.append(&origin, Seq(1), &batch).await.unwrap();
+    append_own(&*one, &origin, Seq(1), &batch).await.unwrap();
     let covered = |remainder| -> Vec<ChangeHash> {
         (0..400).filter(|number| number % 3 == remainder).map(hash).collect()
     };
@@ -219,7 +219,7 @@ pub async fn clause_7_two_nodes_may_prune_a_document_at_once(database: Database)
 pub async fn clause_7_of_two_installs_at_once_one_is_refused(database: Database) {
     let (one, other) = (database.open().await, database.open().await);
     let origin = claim(&*one, 0).await;
-    one.append(&origin, Seq(1), &[append(1, 0..1)]).await.unwrap();
+    append_own(&*one, &origin, Seq(1), &[append(1, 0..1)]).await.unwrap();
     for generation in 0..20 {
         let document = document(1);
         let (first, second) = tokio::join!(
@@ -240,7 +240,7 @@ pub async fn clause_11_documents_do_not_touch_each_other(database: Database) {
     let storage = database.open().await;
     let origin = claim(&*storage, 0).await;
     // The same changes in both.
-    storage.append(&origin, Seq(1), &[append(1, 0..5), append(2, 0..5)]).await.unwrap();
+    append_own(&*storage, &origin, Seq(1), &[append(1, 0..5), append(2, 0..5)]).await.unwrap();
     storage.install_base(&document(2), 0, base(b"two")).await.unwrap();
     let before = load(&*storage, 2).await;
 

@@ -6,11 +6,13 @@
 #![allow(clippy::unwrap_used, reason = "a test that meets an error shall fail")]
 
 mod append;
+mod deletion;
 mod documents;
 mod fixture;
 mod log;
 mod opening;
 mod postgres;
+mod regions;
 mod sqlite;
 
 /// Instantiates the contract's tests for each implementation.
@@ -56,6 +58,24 @@ contract! {
     log::a_reader_gets_what_follows_its_cursor_up_to_its_limit,
     log::clause_8_truncation_removes_a_prefix_and_keeps_the_counter,
     log::clause_8_a_repeated_append_is_recognised_after_truncation,
+    deletion::clause_12_a_deletion_takes_the_bytes_at_once_and_the_log_keeps_the_names,
+    deletion::clause_12_nothing_brings_a_deleted_document_back,
+    deletion::clause_12_changes_and_the_deletion_of_their_document_may_come_together,
+    deletion::clause_12_changes_and_deletions_without_a_log_entry_may_be_repeated,
+    deletion::clause_12_a_deletion_that_is_refused_deletes_nothing,
+    deletion::clause_12_a_long_log_is_searched_to_its_end,
+    deletion::clause_12_a_deletion_that_races_appends_leaves_nothing_behind,
+    deletion::a_listing_shows_every_document_once_and_in_order,
+    regions::clause_2_a_batch_may_hold_runs_of_several_origins,
+    regions::clause_4_an_origin_that_was_replaced_is_fenced_for_ever,
+    regions::clause_4_entries_of_an_own_origin_that_come_back_fence_whoever_held_it,
+    regions::clause_4_a_fenced_run_leaves_nothing_of_its_batch,
+    regions::clause_5_entries_that_another_node_stored_first_are_out_of_step,
+    regions::clause_5_a_repeated_batch_of_several_runs_is_recognised,
+    regions::clause_5_two_nodes_that_store_the_same_logs_leave_no_hole_and_no_duplicate,
+    log::clause_8_truncation_spares_what_is_young,
+    log::clause_13_adopted_origins_go_forward_and_leave_their_logs_truncated,
+    log::acknowledgements_go_forward_only,
     opening::clause_9_nodes_that_open_at_once_all_succeed,
     opening::clause_10_the_storage_id_stays_and_another_region_is_refused,
     opening::statistics_count_documents_and_changes,

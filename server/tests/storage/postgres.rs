@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use isobar::storage::postgres::PostgresStorage;
-use isobar::storage::{ClaimedOrigin, DocumentAppend, Storage, StorageError};
+use isobar::storage::{ClaimedOrigin, Storage, StorageError};
 use isobar_protocol::ids::Seq;
 use isobar_testkit::{Durability, PostgresCluster, TestServer};
 use sqlx::Connection;
@@ -25,12 +25,12 @@ async fn append_definitely(
     storage: &dyn Storage,
     origin: &ClaimedOrigin,
     first: Seq,
-    batch: &[DocumentAppend],
+    batch: &[Arriving],
 ) -> u32 {
     let deadline = Instant::now() + Duration::from_secs(30);
     let mut repeated = 0;
     loop {
-        match storage.append(origin, first, batch).await {
+        match append_own(storage, origin, first, batch).await {
             Err(StorageError::Transient(_)) if Instant::now() < deadline => repeated += 1,
             outcome => {
                 outcome.unwrap();
@@ -81,7 +81,7 @@ async fn clause_1_a_commit_that_fails_is_not_answered_as_a_success() {
     let database = database().await;
     let storage = open(&database).await;
     let origin = claim(&*storage, 0).await;
-    storage.append(&origin, Seq(1), &[append(1, 0..1)]).await.unwrap();
+    append_own(&*storage, &origin, Seq(1), &[append(1, 0..1)]).await.unwrap();
     // Fails at the commit, after the statement has returned its row.
     database
         .run(
@@ -90,12 +90,12 @@ async fn clause_1_a_commit_that_fails_is_not_answered_as_a_success() {
              FOR EACH ROW EXECUTE FUNCTION refuse()",
         )
         .await;
-    let refused = storage.append(&origin, Seq(2), &[append(2, 1..2)]).await;
+    let refused = append_own(&*storage, &origin, Seq(2), &[append(2, 1..2)]).await;
     assert!(matches!(refused, Err(StorageError::Fatal(_))), "{refused:?}");
     assert!(storage.load_document(&document(2)).await.unwrap().is_none());
     assert_eq!(whole_log(&*storage, &origin).await.len(), 1);
     database.run("DROP TRIGGER refused ON log").await;
-    assert_eq!(storage.append(&origin, Seq(2), &[append(2, 1..2)]).await.unwrap(), Seq(2));
+    assert_eq!(append_own(&*storage, &origin, Seq(2), &[append(2, 1..2)]).await.unwrap(), Seq(2));
 }
 
 #[tokio::test]
@@ -104,12 +104,12 @@ async fn clause_1_a_batch_that_fails_halfway_leaves_nothing() {
     let storage = open(&database).await;
     let origin = claim(&*storage, 0).await;
     database.run("ALTER TABLE changes ADD CHECK (position('of change 3'::bytea IN changes) = 0)").await;
-    let refused = storage.append(&origin, Seq(1), &[append(1, 0..3), append(2, 3..4)]).await;
+    let refused = append_own(&*storage, &origin, Seq(1), &[append(1, 0..3), append(2, 3..4)]).await;
     assert!(matches!(refused, Err(StorageError::Fatal(_))), "{refused:?}");
     assert!(storage.load_document(&document(1)).await.unwrap().is_none());
     assert!(storage.load_document(&document(2)).await.unwrap().is_none());
     assert_eq!(whole_log(&*storage, &origin).await, []);
-    assert_eq!(storage.append(&origin, Seq(1), &[append(1, 0..2)]).await.unwrap(), Seq(2));
+    assert_eq!(append_own(&*storage, &origin, Seq(1), &[append(1, 0..2)]).await.unwrap(), Seq(2));
 }
 
 #[tokio::test]
@@ -126,14 +126,14 @@ async fn clause_1_commits_wait_for_the_disk_whatever_the_database_defaults_to() 
              CREATE TRIGGER commit_waits BEFORE INSERT ON log FOR EACH ROW EXECUTE FUNCTION check_commit()",
         )
         .await;
-    let insert = "INSERT INTO log VALUES ('o', 1, 1, '')";
+    let insert = "INSERT INTO log VALUES ('o', 1, 1, '', 1, '')";
     assert!(
         sqlx::query(insert).execute(&mut database.connect().await).await.is_err(),
         "the check checks nothing"
     );
     let storage = open(&database).await;
     let origin = claim(&*storage, 0).await;
-    assert_eq!(storage.append(&origin, Seq(1), &[append(1, 0..1)]).await.unwrap(), Seq(1));
+    assert_eq!(append_own(&*storage, &origin, Seq(1), &[append(1, 0..1)]).await.unwrap(), Seq(1));
 }
 
 #[tokio::test]
@@ -142,13 +142,13 @@ async fn a_stopped_server_is_transient_within_seconds_and_what_was_appended_surv
     let mut database = PostgresDatabase::create(TestServer::Own(cluster)).await;
     let storage = open(&database).await;
     let origin = claim(&*storage, 0).await;
-    storage.append(&origin, Seq(1), &[append(1, 0..3)]).await.unwrap();
+    append_own(&*storage, &origin, Seq(1), &[append(1, 0..3)]).await.unwrap();
 
     let TestServer::Own(cluster) = database.server_mut() else { unreachable!() };
     cluster.crash().unwrap();
     let stopped = Instant::now();
     for _ in 0..2 {
-        let refused = storage.append(&origin, Seq(4), &[append(1, 3..4)]).await;
+        let refused = append_own(&*storage, &origin, Seq(4), &[append(1, 3..4)]).await;
         assert!(matches!(refused, Err(StorageError::Transient(_))), "{refused:?}");
         assert!(matches!(storage.check().await, Err(StorageError::Transient(_))));
         assert!(matches!(storage.load_document(&document(1)).await, Err(StorageError::Transient(_))));
@@ -192,7 +192,7 @@ async fn clause_11_a_locked_document_holds_up_no_other() {
     let database = database().await;
     let storage = open(&database).await;
     let (origin, other) = (claim(&*storage, 0).await, claim(&*storage, 1).await);
-    storage.append(&origin, Seq(1), &[append(1, 0..2), append(2, 0..2)]).await.unwrap();
+    append_own(&*storage, &origin, Seq(1), &[append(1, 0..2), append(2, 0..2)]).await.unwrap();
     storage.install_base(&document(1), 0, base(b"one")).await.unwrap();
     let mut beside = database.connect().await;
     let mut lock = beside.begin().await.unwrap();
@@ -204,8 +204,8 @@ async fn clause_11_a_locked_document_holds_up_no_other() {
         sqlx::query(statement).bind(document(1).as_bytes()).fetch_all(&mut *lock).await.unwrap();
     }
     let calls = async {
-        storage.append(&origin, Seq(5), &[append(2, 2..3)]).await.unwrap();
-        storage.append(&other, Seq(1), &[append(3, 0..1)]).await.unwrap();
+        append_own(&*storage, &origin, Seq(5), &[append(2, 2..3)]).await.unwrap();
+        append_own(&*storage, &other, Seq(1), &[append(3, 0..1)]).await.unwrap();
         storage.install_base(&document(2), 0, base(b"two")).await.unwrap();
         storage.prune_changes(&document(2), &[hash(0)]).await.unwrap();
         storage.finish_prune(&document(2), 1).await.unwrap();

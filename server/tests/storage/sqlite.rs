@@ -34,12 +34,12 @@ async fn clause_1_a_batch_that_fails_halfway_leaves_nothing() {
          BEGIN SELECT RAISE(ABORT, 'broken'); END",
     )
     .await;
-    let refused = storage.append(&origin, Seq(1), &[append(1, 0..3), append(2, 3..4)]).await;
+    let refused = append_own(&*storage, &origin, Seq(1), &[append(1, 0..3), append(2, 3..4)]).await;
     assert!(matches!(refused, Err(StorageError::Fatal(_))), "{refused:?}");
     assert!(storage.load_document(&document(1)).await.unwrap().is_none());
     assert!(storage.load_document(&document(2)).await.unwrap().is_none());
     assert_eq!(whole_log(&*storage, &origin).await, []);
-    assert_eq!(storage.append(&origin, Seq(1), &[append(1, 0..2)]).await.unwrap(), Seq(2));
+    assert_eq!(append_own(&*storage, &origin, Seq(1), &[append(1, 0..2)]).await.unwrap(), Seq(2));
 }
 
 #[tokio::test]
@@ -50,12 +50,12 @@ async fn clause_5_a_writer_that_finds_the_file_locked_is_told_to_repeat() {
     let Database::Sqlite(directory) = &database else { unreachable!() };
     let mut other = beside(directory).await;
     let transaction = other.begin_with("BEGIN IMMEDIATE").await.unwrap();
-    let refused = storage.append(&origin, Seq(1), &[append(1, 0..1)]).await;
+    let refused = append_own(&*storage, &origin, Seq(1), &[append(1, 0..1)]).await;
     assert!(matches!(refused, Err(StorageError::Transient(_))), "{refused:?}");
     // Readers do not wait for a writer.
     assert!(storage.load_document(&document(1)).await.unwrap().is_none());
     transaction.rollback().await.unwrap();
-    assert_eq!(storage.append(&origin, Seq(1), &[append(1, 0..1)]).await.unwrap(), Seq(1));
+    assert_eq!(append_own(&*storage, &origin, Seq(1), &[append(1, 0..1)]).await.unwrap(), Seq(1));
 }
 
 #[tokio::test]
@@ -113,8 +113,8 @@ async fn what_pruning_frees_is_used_again() {
         let origin = claim(&*storage, 0).await;
         let numbers = round * 4_000..round * 4_000 + 4_000;
         let first = Seq(u64::from(numbers.start) + 1);
-        storage.append(&origin, first, &[append(1, numbers.clone())]).await.unwrap();
-        storage.truncate_log(origin.id, Seq(u64::MAX)).await.unwrap();
+        append_own(&*storage, &origin, first, &[append(1, numbers.clone())]).await.unwrap();
+        storage.truncate_log(origin.id, Seq(u64::MAX), Duration::ZERO).await.unwrap();
         storage.prune_changes(&document(1), &numbers.map(hash).collect::<Vec<_>>()).await.unwrap();
         // Moves the write-ahead log into the file.
         storage.close().await;
@@ -131,11 +131,11 @@ async fn an_append_that_is_given_up_in_the_middle_does_not_block_the_next() {
     let mut last = 0;
     for microseconds in (0..4_000).step_by(200) {
         let batch = [append(1, 0..500)];
-        let given_up = storage.append(&origin, Seq(last + 1), &batch);
+        let given_up = append_own(&*storage, &origin, Seq(last + 1), &batch);
         let _ = tokio::time::timeout(Duration::from_micros(microseconds), given_up).await;
-        let reached = storage.append(&origin, Seq(last + 1), &batch).await.unwrap().0;
+        let reached = append_own(&*storage, &origin, Seq(last + 1), &batch).await.unwrap().0;
         assert_eq!(reached, last + 500);
         last = reached;
     }
-    assert_eq!(storage.read_log(origin.id, Seq(0), u32::MAX).await.unwrap().len() as u64, last);
+    assert_eq!(whole_log(&*storage, &origin).await.len() as u64, last);
 }

@@ -27,6 +27,21 @@ const TRUSTED_IDLE: Duration = Duration::from_secs(2);
 /// A connection is replaced at this age, so that connections follow a load balancer or a new address.
 const AGE_MAX: Duration = Duration::from_secs(30 * 60);
 
+/// An error of a call, classified.
+pub(super) struct CallError(StorageError);
+
+impl From<sqlx::Error> for CallError {
+    fn from(error: sqlx::Error) -> Self {
+        Self(failed(error))
+    }
+}
+
+impl From<StorageError> for CallError {
+    fn from(error: StorageError) -> Self {
+        Self(error)
+    }
+}
+
 pub(super) struct Connections {
     options: PgConnectOptions,
     permits: Semaphore,
@@ -88,13 +103,13 @@ impl Connections {
 
     /// Waits for `work` on a leased connection and classifies its error. When the connection is lost, those that
     /// rest are not trusted either: a restarted server has forgotten them all.
-    pub async fn finish<T>(
+    pub async fn finish<T, E: Into<CallError>>(
         &self,
         limit: Duration,
-        work: impl Future<Output = Result<T, sqlx::Error>>,
+        work: impl Future<Output = Result<T, E>>,
     ) -> Result<T, StorageError> {
         let outcome = match timeout(limit, work).await {
-            Ok(outcome) => outcome.map_err(failed),
+            Ok(outcome) => outcome.map_err(|error| error.into().0),
             Err(_) => Err(StorageError::Transient(format!("no answer within {limit:?}").into())),
         };
         if matches!(outcome, Err(StorageError::Transient(_))) {

@@ -4,9 +4,8 @@
 use std::collections::HashSet;
 
 use isobar_protocol::ids::{ChangeHash, DocumentId};
-use sqlx::postgres::PgRow;
 
-use super::{BULK_TIMEOUT, CALL_TIMEOUT, PostgresStorage, bytes, column};
+use super::{BULK_TIMEOUT, CALL_TIMEOUT, PostgresStorage};
 use crate::storage::StorageError;
 use crate::storage::bundle::{CoveredBundles, FoundBundle, PRUNE_ATTEMPTS_MAX, prune_disturbed, without};
 use crate::storage::schema;
@@ -22,10 +21,9 @@ pub(super) async fn prune(
     covered: &HashSet<ChangeHash>,
 ) -> Result<(), StorageError> {
     for _ in 0..PRUNE_ATTEMPTS_MAX {
-        let query = sqlx::query(schema::READ_BUNDLE_HASHES).bind(document.as_bytes());
-        let rows = storage.fetch_all(BULK_TIMEOUT, query).await?;
-        let found: Result<Vec<FoundBundle>, StorageError> = rows.iter().map(found_bundle).collect();
-        let bundles = CoveredBundles::among(found?, covered);
+        let query = sqlx::query_as(schema::READ_BUNDLE_HASHES).bind(document.as_bytes());
+        let found: Vec<FoundBundle> = storage.fetch_all(BULK_TIMEOUT, query).await?;
+        let bundles = CoveredBundles::among(found, covered);
         delete_bundles(storage, document, &bundles.whole).await?;
         let mut undisturbed = true;
         for bundle in &bundles.part {
@@ -36,14 +34,6 @@ pub(super) async fn prune(
         }
     }
     Err(prune_disturbed())
-}
-
-fn found_bundle(row: &PgRow) -> Result<FoundBundle, StorageError> {
-    Ok(FoundBundle {
-        origin: column(row, "origin")?,
-        first_seq: column(row, "first_seq")?,
-        hashes: column(row, "hashes")?,
-    })
 }
 
 async fn delete_bundles(
@@ -67,14 +57,14 @@ async fn shrink_bundle(
     found: &FoundBundle,
     covered: &HashSet<ChangeHash>,
 ) -> Result<bool, StorageError> {
-    let read = sqlx::query(schema::READ_BUNDLE_CHANGES)
+    let read = sqlx::query_as(schema::READ_BUNDLE_CHANGES)
         .bind(document.as_bytes())
         .bind(&found.origin)
         .bind(found.first_seq)
         .bind(&found.hashes);
-    let rows = storage.fetch_all(CALL_TIMEOUT, read).await?;
-    let Some(row) = rows.first() else { return Ok(false) };
-    let (hashes, changes) = without(&found.hashes, &bytes(row, "changes")?, covered)?;
+    let rows: Vec<(Vec<u8>,)> = storage.fetch_all(CALL_TIMEOUT, read).await?;
+    let Some((changes,)) = rows.into_iter().next() else { return Ok(false) };
+    let (hashes, changes) = without(&found.hashes, &changes.into(), covered)?;
     let replace = sqlx::query(schema::REPLACE_BUNDLE)
         .bind(document.as_bytes())
         .bind(&found.origin)

@@ -3,38 +3,64 @@
 
 use std::fmt::Write;
 
+use isobar_protocol::ids::{DocumentId, PlacementGroup, Seq};
 use sqlx::error::{BoxDynError, ErrorKind};
 use sqlx::sqlite::{SqliteArguments, SqliteConnection};
 use sqlx::{Arguments, AssertSqlSafe};
 
+use super::deletion::{self, Seen};
+use super::failed;
 use crate::storage::bundle::{Bundle, bundle};
+use crate::storage::clock::now_ms;
 use crate::storage::failure::signed;
-use crate::storage::log_run::LogRun;
-use crate::storage::schema;
-use crate::storage::{ClaimedOrigin, DocumentAppend};
+use crate::storage::{Batch, RunAppend, StorageError, Writer, schema};
 
 /// Takes the write lock at once: a transaction that begins by reading may find, when it wants to write, that what
 /// it read is old, and has to start again.
-///
+const BEGIN: &str = "BEGIN IMMEDIATE";
+
+const RAISE_OWN: &str = "\
+    ; UPDATE origins SET seq = ?, chain = ? WHERE id = ? AND seq = ? - 1 AND incarnation = ?";
+
+/// Before the first run of another region's origin.
+const CREATE_OTHER: &str = "\
+    ; INSERT INTO origins (id, region, placement_group, slot, incarnation, seq, chain) \
+    VALUES (?, ?, ?, NULL, 0, 0, zeroblob(16)) ON CONFLICT (id) DO NOTHING";
+
+/// An origin whose entries come from elsewhere is nobody's own any more: whoever holds it is fenced.
+const RAISE_OTHER: &str = "\
+    ; UPDATE origins SET seq = ?, chain = ?, incarnation = incarnation + (slot IS NOT NULL), slot = NULL \
+    WHERE id = ? AND seq = ? - 1";
+
 /// A counter that was not raised leaves the log's row without its `first_seq`, which may not be null: the script
 /// fails there, and nothing after it runs.
-const BEGIN: &str = "\
-    BEGIN IMMEDIATE; \
-    UPDATE origins SET seq = ? WHERE id = ? AND incarnation = ? AND seq = ? - 1; \
-    INSERT INTO log (origin, last_seq, first_seq, entries) VALUES (?, ?, CASE changes() WHEN 1 THEN ? END, ?)";
+const INSERT_RUN: &str = "\
+    ; INSERT INTO log (origin, last_seq, first_seq, appended_at, chain_before, body) \
+    VALUES (?, ?, CASE changes() WHEN 1 THEN ? END, ?, ?, ?)";
+
+/// A statement over many rows: what stands before, between and after them.
+struct Rows {
+    head: &'static str,
+    row: &'static str,
+    tail: &'static str,
+}
 
 /// The conflict has its column named, because `OR IGNORE` would also swallow other violations.
-const INSERT_DOCUMENTS: (&str, &str, &str) = (
-    "; INSERT INTO documents (id, placement_group, state, created_at) VALUES ",
-    "(?, ?, 0, ?)",
-    " ON CONFLICT (id) DO NOTHING",
-);
+const INSERT_DOCUMENTS: Rows = Rows {
+    head: "; INSERT INTO documents (id, placement_group, state, created_at) \
+           SELECT column1, column2, 0, column3 FROM (VALUES ",
+    row: "(?, ?, ?)",
+    tail: ") WHERE NOT EXISTS (SELECT 1 FROM tombstones WHERE document_id = column1) ON CONFLICT (id) DO NOTHING",
+};
 
-const INSERT_BUNDLES: (&str, &str, &str) = (
-    "; INSERT INTO changes (document_id, origin, first_seq, hashes, changes) VALUES ",
-    "(?, ?, ?, ?, ?)",
-    "",
-);
+const INSERT_BUNDLES: Rows = Rows {
+    head: "; INSERT INTO changes (document_id, origin, first_seq, hashes, changes) SELECT * FROM (VALUES ",
+    row: "(?, ?, ?, ?, ?)",
+    tail: ") WHERE NOT EXISTS (SELECT 1 FROM tombstones WHERE document_id = column1)",
+};
+
+/// Without a run there is no counter by which a repeated batch would be known.
+const REPEATABLE: &str = " ON CONFLICT (document_id, origin, first_seq) DO NOTHING";
 
 /// Most rows of one statement: far below SQLite's 32,766 parameters.
 const STATEMENT_ROWS_MAX: usize = 64;
@@ -45,86 +71,121 @@ const KEPT_DOCUMENTS_MAX: usize = 32;
 /// What came of an append's transaction.
 pub(super) enum Appended {
     Committed,
-    /// The counter stood elsewhere, or the incarnation is an older one. The transaction is still open.
+    /// A counter stood elsewhere, or an incarnation is an older one. The transaction is still open.
     Refused,
 }
 
 /// Runs the whole append. Unless it has committed, the transaction may be open.
 pub(super) async fn run(
     connection: &mut SqliteConnection,
-    origin: &ClaimedOrigin,
-    run: &LogRun,
-    batch: &[DocumentAppend],
-) -> Result<Appended, sqlx::Error> {
-    let documents = schema::documents(batch);
-    let bundles = bundle(run.first, batch);
-    let mut script = String::from(BEGIN);
-    push_rows(&mut script, INSERT_DOCUMENTS, documents.len());
-    push_rows(&mut script, INSERT_BUNDLES, bundles.len());
-    script.push_str("; COMMIT");
-    let mut arguments = SqliteArguments::default();
-    bind_run(&mut arguments, origin, run).map_err(sqlx::Error::Encode)?;
-    let created_at = schema::now_ms();
-    for document in &documents {
-        bind_document(&mut arguments, document.as_bytes(), origin, created_at)
-            .map_err(sqlx::Error::Encode)?;
+    batch: &Batch,
+    seen: Seen,
+) -> Result<Appended, StorageError> {
+    let mut script = script(batch).map_err(|error| failed(sqlx::Error::Encode(error)))?;
+    if batch.deletions.is_empty() {
+        script.text.push_str("; COMMIT");
     }
-    for bundle in bundles {
-        bind_bundle(&mut arguments, origin, bundle).map_err(sqlx::Error::Encode)?;
-    }
-    let keep = documents.len() <= KEPT_DOCUMENTS_MAX;
-    let query = sqlx::query_with(AssertSqlSafe(script), arguments).persistent(keep);
-    match query.execute(connection).await {
-        Ok(_) => Ok(Appended::Committed),
+    let query = sqlx::query_with(AssertSqlSafe(script.text), script.arguments).persistent(script.keep);
+    match query.execute(&mut *connection).await {
+        Ok(_) => {}
         Err(sqlx::Error::Database(error)) if error.kind() == ErrorKind::NotNullViolation => {
-            Ok(Appended::Refused)
+            return Ok(Appended::Refused);
         }
-        Err(error) => Err(error),
+        Err(error) => return Err(failed(error)),
     }
-}
-
-fn push_rows(script: &mut String, (head, row, tail): (&str, &str, &str), rows: usize) {
-    for first in (0..rows).step_by(STATEMENT_ROWS_MAX) {
-        let count = (rows - first).min(STATEMENT_ROWS_MAX);
-        write!(script, "{head}{}{tail}", vec![row; count].join(", ")).expect("a string takes any text");
+    if !batch.deletions.is_empty() {
+        deletion::delete(connection, &batch.deletions, seen).await?;
+        sqlx::raw_sql("COMMIT").execute(connection).await.map_err(failed)?;
     }
+    Ok(Appended::Committed)
 }
 
-fn bind_run(
-    arguments: &mut SqliteArguments,
-    origin: &ClaimedOrigin,
-    run: &LogRun,
-) -> Result<(), BoxDynError> {
-    let id = &origin.id.0.as_bytes()[..];
-    arguments.add(signed(run.last.0))?;
-    arguments.add(id)?;
-    arguments.add(signed(origin.incarnation.0))?;
-    arguments.add(signed(run.first.0))?;
-    arguments.add(id)?;
-    arguments.add(signed(run.last.0))?;
-    arguments.add(signed(run.first.0))?;
-    arguments.add(&run.entries[..])
+/// Statements and what their parameters stand for.
+struct Script {
+    text: String,
+    arguments: SqliteArguments,
+    /// Whether the database is to keep it prepared.
+    keep: bool,
 }
 
-fn bind_document(
-    arguments: &mut SqliteArguments,
-    document: &[u8],
-    origin: &ClaimedOrigin,
-    created_at: i64,
-) -> Result<(), BoxDynError> {
-    arguments.add(document)?;
-    arguments.add(origin.group.as_str())?;
-    arguments.add(created_at)
+fn script(batch: &Batch) -> Result<Script, BoxDynError> {
+    let documents = schema::documents(&batch.changes);
+    let keep = documents.len() <= KEPT_DOCUMENTS_MAX;
+    let mut script = Script { text: String::from(BEGIN), arguments: SqliteArguments::default(), keep };
+    let now = now_ms();
+    for run in &batch.runs {
+        script.push_run(run, now)?;
+    }
+    for part in documents.chunks(STATEMENT_ROWS_MAX) {
+        script.push_rows(&INSERT_DOCUMENTS, part.len());
+        for document in part {
+            script.bind_document(*document, now)?;
+        }
+    }
+    let bundles = bundle(&batch.changes);
+    for part in bundles.chunks(STATEMENT_ROWS_MAX) {
+        script.push_rows(&INSERT_BUNDLES, part.len());
+        if batch.runs.is_empty() {
+            script.text.push_str(REPEATABLE);
+        }
+        for bundle in part {
+            script.bind_bundle(bundle)?;
+        }
+    }
+    Ok(script)
 }
 
-fn bind_bundle(
-    arguments: &mut SqliteArguments,
-    origin: &ClaimedOrigin,
-    bundle: Bundle<'_>,
-) -> Result<(), BoxDynError> {
-    arguments.add(bundle.document.as_bytes())?;
-    arguments.add(&origin.id.0.as_bytes()[..])?;
-    arguments.add(signed(bundle.first.0))?;
-    arguments.add(bundle.hashes)?;
-    arguments.add(bundle.changes)
+impl Script {
+    fn push_rows(&mut self, Rows { head, row, tail }: &Rows, count: usize) {
+        let rows = vec![*row; count].join(", ");
+        write!(self.text, "{head}{rows}{tail}").expect("a string takes any text");
+    }
+
+    fn push_run(&mut self, run: &RunAppend, now: i64) -> Result<(), BoxDynError> {
+        let id = &run.origin.0.as_bytes()[..];
+        if let Writer::Other { region } = &run.writer
+            && run.first == Seq(1)
+        {
+            self.text.push_str(CREATE_OTHER);
+            self.arguments.add(id)?;
+            self.arguments.add(region.as_str())?;
+            self.arguments.add(run.group.as_str())?;
+        }
+        self.text.push_str(match run.writer {
+            Writer::Own { .. } => RAISE_OWN,
+            Writer::Other { .. } => RAISE_OTHER,
+        });
+        self.arguments.add(signed(run.last.0))?;
+        self.arguments.add(&run.chain.0[..])?;
+        self.arguments.add(id)?;
+        self.arguments.add(signed(run.first.0))?;
+        if let Writer::Own { incarnation } = run.writer {
+            self.arguments.add(signed(incarnation.0))?;
+        }
+        self.text.push_str(INSERT_RUN);
+        self.arguments.add(id)?;
+        self.arguments.add(signed(run.last.0))?;
+        self.arguments.add(signed(run.first.0))?;
+        self.arguments.add(now)?;
+        self.arguments.add(&run.chain_before.0[..])?;
+        self.arguments.add(&run.body[..])
+    }
+
+    fn bind_document(
+        &mut self,
+        (document, group): (&DocumentId, &PlacementGroup),
+        created_at: i64,
+    ) -> Result<(), BoxDynError> {
+        self.arguments.add(document.as_bytes())?;
+        self.arguments.add(group.as_str())?;
+        self.arguments.add(created_at)
+    }
+
+    fn bind_bundle(&mut self, bundle: &Bundle<'_>) -> Result<(), BoxDynError> {
+        self.arguments.add(bundle.document.as_bytes())?;
+        self.arguments.add(&bundle.origin.0.as_bytes()[..])?;
+        self.arguments.add(signed(bundle.first.0))?;
+        self.arguments.add(&bundle.hashes[..])?;
+        self.arguments.add(&bundle.changes[..])
+    }
 }

@@ -4,10 +4,10 @@ use std::collections::HashSet;
 
 use isobar_protocol::ids::{ChangeHash, DocumentId};
 use sqlx::Connection;
-use sqlx::sqlite::{SqliteConnection, SqliteRow};
+use sqlx::sqlite::SqliteConnection;
 
 use super::rows::delete_bundles;
-use super::{SqliteStorage, column, failed};
+use super::{SqliteStorage, failed};
 use crate::storage::StorageError;
 use crate::storage::bundle::{CoveredBundles, FoundBundle, PRUNE_ATTEMPTS_MAX, prune_disturbed, without};
 use crate::storage::schema;
@@ -45,18 +45,9 @@ async fn covered_bundles(
     document: &DocumentId,
     covered: &HashSet<ChangeHash>,
 ) -> Result<CoveredBundles, StorageError> {
-    let query = sqlx::query(schema::READ_BUNDLE_HASHES).bind(document.as_bytes());
-    let rows = query.fetch_all(&storage.readers).await.map_err(failed)?;
-    let found: Result<Vec<FoundBundle>, StorageError> = rows.iter().map(found_bundle).collect();
-    Ok(CoveredBundles::among(found?, covered))
-}
-
-fn found_bundle(row: &SqliteRow) -> Result<FoundBundle, StorageError> {
-    Ok(FoundBundle {
-        origin: column(row, "origin")?,
-        first_seq: column(row, "first_seq")?,
-        hashes: column(row, "hashes")?,
-    })
+    let query = sqlx::query_as(schema::READ_BUNDLE_HASHES).bind(document.as_bytes());
+    let found: Vec<FoundBundle> = query.fetch_all(&storage.readers).await.map_err(failed)?;
+    Ok(CoveredBundles::among(found, covered))
 }
 
 /// Rewrites a bundle without its covered changes; `false` if it is no longer what was found.

@@ -12,7 +12,7 @@ use futures_util::{SinkExt, StreamExt};
 use isobar_protocol::chunk::{ChunkKind, chunks};
 use isobar_protocol::ids::{ChangeHash, DocumentId, PeerId};
 use isobar_protocol::sync_message::{Have, SyncFlags, SyncMessage, SyncVersion};
-use isobar_protocol::wire::{self, ClientFrame, PeerFrame, PeerMetadata};
+use isobar_protocol::wire::{self, ClientFrame, ElsewhereFrame, PeerFrame, PeerMetadata};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::{self, Message};
@@ -68,6 +68,7 @@ impl Open {
 pub enum Heard {
     Sync { document: DocumentId, heads: Vec<ChangeHash> },
     Unavailable(DocumentId),
+    Elsewhere(ElsewhereFrame),
     Ephemeral { sender: String, count: u64, data: Vec<u8> },
     RemoteHeads(DocumentId),
     Error(String),
@@ -116,10 +117,13 @@ impl Client {
     }
 
     async fn over(address: SocketAddr, stream: TcpStream) -> Result<Self, tungstenite::Error> {
+        Self::to(&format!("ws://{address}/"), stream).await
+    }
+
+    async fn to(url: &str, stream: TcpStream) -> Result<Self, tungstenite::Error> {
         in_time("a WebSocket", async {
             stream.set_nodelay(true)?;
-            let (socket, _) =
-                tokio_tungstenite::client_async(format!("ws://{address}/"), Line::new(stream)).await?;
+            let (socket, _) = tokio_tungstenite::client_async(url, Line::new(stream)).await?;
             Ok(Self {
                 peer: PeerId::new("nobody").unwrap(),
                 server: PeerId::new("unknown").unwrap(),
@@ -130,6 +134,20 @@ impl Client {
             })
         })
         .await
+    }
+
+    /// A client that says something in its URL, and announces extras.
+    pub async fn join_as(
+        address: SocketAddr,
+        query: &str,
+        name: &str,
+        extras: &[&str],
+    ) -> Result<Self, tungstenite::Error> {
+        let stream = TcpStream::connect(address).await?;
+        let mut client = Self::to(&format!("ws://{address}/{query}"), stream).await?;
+        let extras = extras.iter().map(|&extra| extra.to_owned()).collect();
+        client.say_join_with(name, &PeerMetadata { extras, ..PeerMetadata::default() }).await;
+        Ok(client)
     }
 
     pub async fn join(address: SocketAddr, name: &str) -> Self {
@@ -144,8 +162,12 @@ impl Client {
     }
 
     pub async fn say_join(&mut self, name: &str) {
+        self.say_join_with(name, &PeerMetadata::default()).await;
+    }
+
+    async fn say_join_with(&mut self, name: &str, metadata: &PeerMetadata) {
         self.peer = PeerId::new(name).unwrap();
-        self.send_raw(wire::encode_join(&self.peer, &PeerMetadata::default())).await;
+        self.send_raw(wire::encode_join(&self.peer, metadata)).await;
         let Message::Binary(frame) = self.next_message().await.expect("an answer to the join") else {
             panic!("the answer to a join is binary");
         };
@@ -295,7 +317,10 @@ impl Client {
                 self.error = Some(message.to_owned());
                 Heard::Error(message.to_owned())
             }
-            other => panic!("the server sent {other:?}"),
+            other => match ElsewhereFrame::decode(frame).unwrap() {
+                Some(elsewhere) => Heard::Elsewhere(elsewhere),
+                None => panic!("the server sent {other:?}"),
+            },
         }
     }
 

@@ -16,6 +16,10 @@ use super::in_time;
 pub struct Node {
     pub clients: SocketAddr,
     pub admin: SocketAddr,
+    /// Where other regions link, if they may.
+    pub peers: Option<SocketAddr>,
+    /// What its parts share.
+    pub parts: Arc<isobar::node::Node>,
     stop: oneshot::Sender<()>,
     running: JoinHandle<anyhow::Result<()>>,
 }
@@ -39,6 +43,8 @@ impl Node {
         Self {
             clients: app.client_address,
             admin: app.admin_address,
+            peers: app.peer_address,
+            parts: app.node.clone(),
             stop,
             running: tokio::spawn(app.run_until(async {
                 let _ = stopped.await;

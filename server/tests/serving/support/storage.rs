@@ -3,22 +3,27 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use isobar::storage::memory::MemoryStorage;
 use isobar::storage::{
-    ClaimedOrigin, DocumentAppend, DocumentState, LogEntry, NewBase, Storage, StorageError,
-    StorageStatistics, StoredDocument,
+    Acknowledgement, Batch, ClaimedOrigin, DocumentAppend, DocumentState, ListedDocument, NewBase, RunAppend,
+    Storage, StorageError, StorageStatistics, StoredChange, StoredDocument, StoredOrigin, StoredRun, Writer,
 };
 use isobar_protocol::ids::{ChangeHash, DocumentId, OriginId, PlacementGroup, RegionName, Seq, StorageId};
+use isobar_protocol::log::{Content, Entry, encode_run};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
 /// What shall go wrong. Shared between a test and the storage.
 pub struct Faults {
     held: watch::Sender<bool>,
+    loads_held: watch::Sender<bool>,
     failures: Mutex<VecDeque<StorageError>>,
+    /// Loads that have read what is stored, whether or not they are held.
+    pub loads: AtomicUsize,
     /// Appends that have begun, whether or not they are held.
     pub appends: AtomicUsize,
     /// Calls that change what is stored, appends excepted, since [`Faults::kill_at`].
@@ -38,7 +43,9 @@ impl FaultyStorage {
     pub fn new(store: &MemoryStorage) -> (Self, Arc<Faults>) {
         let faults = Arc::new(Faults {
             held: watch::Sender::new(false),
+            loads_held: watch::Sender::new(false),
             failures: Mutex::default(),
+            loads: AtomicUsize::new(0),
             appends: AtomicUsize::new(0),
             upkeep_calls: AtomicUsize::new(0),
             kill_at: AtomicUsize::new(usize::MAX),
@@ -86,6 +93,15 @@ impl Faults {
         self.held.send_replace(false);
     }
 
+    /// From now on loads wait, after they have read what is stored.
+    pub fn hold_loads(&self) {
+        self.loads_held.send_replace(true);
+    }
+
+    pub fn release_loads(&self) {
+        self.loads_held.send_replace(false);
+    }
+
     /// The next append that begins fails like this, with nothing stored.
     pub fn fail_next_append(&self, error: StorageError) {
         self.failures.lock().push_back(error);
@@ -119,16 +135,17 @@ impl Storage for FaultyStorage {
         region: &RegionName,
         group: &PlacementGroup,
         slot: u32,
+        anew: bool,
     ) -> Result<ClaimedOrigin, StorageError> {
-        self.inner.claim_origin(region, group, slot).await
+        self.inner.claim_origin(region, group, slot, anew).await
     }
 
-    async fn append(
-        &self,
-        origin: &ClaimedOrigin,
-        first_seq: Seq,
-        batch: &[DocumentAppend],
-    ) -> Result<Seq, StorageError> {
+    async fn origins(&self) -> Result<Vec<StoredOrigin>, StorageError> {
+        self.alive()?;
+        self.inner.origins().await
+    }
+
+    async fn append(&self, batch: &Batch) -> Result<(), StorageError> {
         self.alive()?;
         self.faults.appends.fetch_add(1, Ordering::SeqCst);
         let _ = self.faults.held.subscribe().wait_for(|held| !held).await;
@@ -136,12 +153,15 @@ impl Storage for FaultyStorage {
             return Err(error);
         }
         self.alive()?;
-        self.inner.append(origin, first_seq, batch).await
+        self.inner.append(batch).await
     }
 
     async fn load_document(&self, document: &DocumentId) -> Result<Option<StoredDocument>, StorageError> {
         self.alive()?;
-        self.inner.load_document(document).await
+        let loaded = self.inner.load_document(document).await;
+        self.faults.loads.fetch_add(1, Ordering::SeqCst);
+        let _ = self.faults.loads_held.subscribe().wait_for(|held| !held).await;
+        loaded
     }
 
     async fn read_base_chunk(&self, document: &DocumentId) -> Result<Option<(u64, Bytes)>, StorageError> {
@@ -179,14 +199,50 @@ impl Storage for FaultyStorage {
         &self,
         origin: OriginId,
         after: Seq,
-        limit: u32,
-    ) -> Result<Vec<LogEntry>, StorageError> {
-        self.inner.read_log(origin, after, limit).await
+        bytes_max: usize,
+    ) -> Result<Vec<StoredRun>, StorageError> {
+        self.inner.read_log(origin, after, bytes_max).await
     }
 
-    async fn truncate_log(&self, origin: OriginId, up_to: Seq) -> Result<(), StorageError> {
+    async fn truncate_log(
+        &self,
+        origin: OriginId,
+        up_to: Seq,
+        older_than: Duration,
+    ) -> Result<(), StorageError> {
         self.alive()?;
-        self.inner.truncate_log(origin, up_to).await
+        self.inner.truncate_log(origin, up_to, older_than).await
+    }
+
+    async fn adopt_origins(&self, origins: &[StoredOrigin]) -> Result<(), StorageError> {
+        self.alive()?;
+        self.inner.adopt_origins(origins).await
+    }
+
+    async fn note_acknowledgements(&self, news: &[Acknowledgement]) -> Result<(), StorageError> {
+        self.alive()?;
+        self.inner.note_acknowledgements(news).await
+    }
+
+    async fn acknowledgements(&self) -> Result<Vec<Acknowledgement>, StorageError> {
+        self.inner.acknowledgements().await
+    }
+
+    async fn list_documents(
+        &self,
+        after: Option<&DocumentId>,
+        limit: u32,
+    ) -> Result<Vec<ListedDocument>, StorageError> {
+        self.inner.list_documents(after, limit).await
+    }
+
+    async fn create_document(
+        &self,
+        document: &DocumentId,
+        group: &PlacementGroup,
+    ) -> Result<(), StorageError> {
+        self.alive()?;
+        self.inner.create_document(document, group).await
     }
 
     async fn statistics(&self) -> Result<StorageStatistics, StorageError> {
@@ -201,4 +257,29 @@ impl Storage for FaultyStorage {
     async fn close(&self) {
         self.inner.close().await;
     }
+}
+
+/// Puts changes into a store beside any node, as one that ran before would have.
+pub async fn append(storage: &impl Storage, document: &DocumentId, changes: Vec<StoredChange>) {
+    let (region, group) = (RegionName::new("local").unwrap(), PlacementGroup::new("default").unwrap());
+    let origin = storage.claim_origin(&region, &group, 0, false).await.unwrap();
+    let entry = |change: &StoredChange| Entry {
+        document: document.clone(),
+        content: Content::Change { hash: change.hash, bytes: change.bytes.clone() },
+    };
+    let entries: Vec<Entry> = changes.iter().map(entry).collect();
+    let run = RunAppend {
+        origin: origin.id,
+        writer: Writer::Own { incarnation: origin.incarnation },
+        group: group.clone(),
+        first: Seq(origin.last_seq.0 + 1),
+        last: Seq(origin.last_seq.0 + entries.len() as u64),
+        chain_before: origin.chain,
+        chain: entries.iter().fold(origin.chain, |chain, it| chain.after(&it.document, &it.content)),
+        body: encode_run(&entries).into(),
+    };
+    let changes = (run.first.0..).map(Seq).zip(changes).collect();
+    let appended = DocumentAppend { document: document.clone(), group, origin: origin.id, changes };
+    let batch = Batch { runs: vec![run], changes: vec![appended], deletions: Vec::new() };
+    storage.append(&batch).await.unwrap();
 }

@@ -1,0 +1,153 @@
+//! The region's REST API for operators, as far as it goes: deletion, links, convergence.
+//!
+//! Errors are problem details (RFC 9457). Handlers map HTTP to the node and nothing else.
+
+use std::collections::BTreeMap;
+
+use axum::Json;
+use axum::Router;
+use axum::extract::{Path, State};
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{delete, get};
+use isobar_protocol::ids::{DocumentId, RegionName};
+use serde::Serialize;
+
+use super::Shared;
+
+pub(super) fn routes() -> Router<Shared> {
+    Router::new()
+        .route("/admin/v1/documents/{id}", delete(delete_document))
+        .route("/admin/v1/peers", get(peers))
+        .route("/admin/v1/convergence", get(convergence))
+}
+
+/// An error as RFC 9457 has it.
+#[derive(Serialize)]
+struct Problem {
+    #[serde(rename = "type")]
+    kind: &'static str,
+    title: &'static str,
+    status: u16,
+    detail: String,
+}
+
+pub(super) fn problem(
+    status: StatusCode,
+    kind: &'static str,
+    title: &'static str,
+    detail: String,
+) -> Response {
+    let body = Problem { kind, title, status: status.as_u16(), detail };
+    (status, [(header::CONTENT_TYPE, "application/problem+json")], Json(body)).into_response()
+}
+
+/// Deletes a document for good, in every region. Repeating it changes nothing.
+async fn delete_document(State(shared): State<Shared>, Path(id): Path<String>) -> Response {
+    // What clients put into links is the same id behind a prefix.
+    let id = id.strip_prefix("automerge:").unwrap_or(&id);
+    let document = match DocumentId::from_text(id) {
+        Ok(document) => document,
+        Err(error) => {
+            let title = "not a document's id";
+            return problem(StatusCode::BAD_REQUEST, "/problems/bad-document-id", title, error.to_string());
+        }
+    };
+    let node = &shared.node;
+    match node.documents.delete(&document, &node.committer).await {
+        Ok(_) => StatusCode::NO_CONTENT.into_response(),
+        Err(error) => {
+            tracing::warn!(%document, %error, "document not deleted");
+            let title = "the document could not be deleted at the moment";
+            problem(StatusCode::SERVICE_UNAVAILABLE, "/problems/storage", title, "try again".into())
+        }
+    }
+}
+
+/// A link to another region.
+#[derive(Serialize)]
+struct PeerView {
+    region: String,
+    round_trip_ms: Option<u64>,
+    /// Log entries that the region has announced and that are not stored here.
+    behind_changes: u64,
+    /// Log entries that are stored here and not announced by the region.
+    ahead_changes: u64,
+    in_flight_bytes: usize,
+    /// Origins that are taken from this region.
+    routes: usize,
+    fetches_snapshot: bool,
+}
+
+async fn peers(State(shared): State<Shared>) -> Response {
+    let Some(replication) = &shared.node.replication else {
+        return Json(Vec::<PeerView>::new()).into_response();
+    };
+    let view = replication.view();
+    let peers = view.links.into_iter().map(|link| PeerView {
+        region: link.region.to_string(),
+        round_trip_ms: link.round_trip_ms,
+        behind_changes: link.behind,
+        ahead_changes: link.ahead,
+        in_flight_bytes: link.in_flight_bytes,
+        routes: link.routes,
+        fetches_snapshot: link.fetches_snapshot,
+    });
+    Json(peers.collect::<Vec<_>>()).into_response()
+}
+
+/// How this region stands to another.
+#[derive(Serialize)]
+#[serde(tag = "state", rename_all = "lowercase")]
+enum Standing {
+    Equal,
+    Behind {
+        changes: u64,
+    },
+    Ahead {
+        changes: u64,
+    },
+    /// Each has what the other lacks.
+    Apart {
+        behind_changes: u64,
+        ahead_changes: u64,
+    },
+    Unlinked,
+}
+
+#[derive(Serialize)]
+struct Convergence {
+    region: String,
+    /// The last entry that is stored here, by origin.
+    vector: BTreeMap<String, u64>,
+    regions: BTreeMap<String, Standing>,
+    forked_origins: Vec<String>,
+}
+
+async fn convergence(State(shared): State<Shared>) -> Response {
+    let node = &shared.node;
+    let mut answer = Convergence {
+        region: node.settings.region.clone(),
+        vector: BTreeMap::new(),
+        regions: BTreeMap::new(),
+        forked_origins: Vec::new(),
+    };
+    if let Some(replication) = &node.replication {
+        let view = replication.view();
+        answer.vector = view.vector.iter().map(|it| (it.origin.0.to_string(), it.seq.0)).collect();
+        answer.forked_origins = view.forked.iter().map(|it| it.0.to_string()).collect();
+        let unlinked =
+            replication.members().into_iter().map(|it: RegionName| (it.to_string(), Standing::Unlinked));
+        answer.regions = unlinked.collect();
+        for link in view.links {
+            let standing = match (link.behind, link.ahead) {
+                (0, 0) => Standing::Equal,
+                (changes, 0) => Standing::Behind { changes },
+                (0, changes) => Standing::Ahead { changes },
+                (behind_changes, ahead_changes) => Standing::Apart { behind_changes, ahead_changes },
+            };
+            answer.regions.insert(link.region.to_string(), standing);
+        }
+    }
+    Json(answer).into_response()
+}

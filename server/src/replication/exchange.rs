@@ -1,0 +1,357 @@
+//! What regions ask each other beside the log: where a document is, all of one, presence.
+//!
+//! A search asks every linked region whether it has a document that is not here, and fetches it from the first that does:
+//! its log entries may stand behind a backlog. Presence goes only to regions that have sessions in a document, and is never
+//! passed on, so it cannot go round in circles.
+//!
+//! Nothing of a placement group goes to a region outside of it, nor is it taken from one: not contents, not presence, not ids of
+//! documents whose group is known here. Of a document that is asked for by its id, the asker is only told that it is elsewhere,
+//! and where.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use isobar_protocol::config::{ELSEWHERE_URLS_MAX, INTEREST_DOCUMENTS_MAX, PRESENCE_DATA_BYTES_MAX};
+use isobar_protocol::ids::{DocumentId, PlacementGroup};
+use isobar_protocol::link::{LinkFrame, Standing};
+use isobar_protocol::replica::LinkId;
+use tokio::sync::oneshot;
+
+use super::{Event, SearchOutcome, Task, snapshot};
+use crate::outbox::Ephemeral;
+
+/// How long regions are given to say whether they have a document.
+const FIND_PATIENCE: Duration = Duration::from_millis(1_500);
+
+/// How long fetching one may take.
+const FETCH_PATIENCE: Duration = Duration::from_secs(15);
+
+/// Searches at the same time. More are answered with "not found": the document is sent when its log entries come.
+const SEARCHES_MAX: usize = 1_024;
+
+/// How long presence of a document is still wanted after its last session has left.
+const LINGER: Duration = Duration::from_secs(30);
+
+/// A document that is looked for.
+struct Search {
+    document: DocumentId,
+    /// Only regions of this group are asked.
+    group: PlacementGroup,
+    /// Addresses of regions that hold it, from those that may not send it.
+    elsewhere: Option<BTreeSet<String>>,
+    /// Regions that have not answered yet.
+    asked: HashSet<LinkId>,
+    fetching: Option<LinkId>,
+    until: Instant,
+    waiting: Vec<oneshot::Sender<SearchOutcome>>,
+}
+
+impl Search {
+    /// What is known if nobody sends it.
+    fn outcome(&self) -> SearchOutcome {
+        match &self.elsewhere {
+            None => SearchOutcome::Absent,
+            Some(urls) => SearchOutcome::Elsewhere { urls: urls.iter().cloned().collect() },
+        }
+    }
+}
+
+/// Presence that is wanted here.
+struct Wanted {
+    group: PlacementGroup,
+    /// Since when there is no session any more, if there is none.
+    since: Option<Instant>,
+}
+
+/// See the module.
+#[derive(Default)]
+pub(super) struct Exchange {
+    next_request: u64,
+    searches: HashMap<u64, Search>,
+    /// Documents of which presence is wanted here.
+    wanted: HashMap<DocumentId, Wanted>,
+    /// Regions that want presence, by document.
+    wanted_by: HashMap<DocumentId, HashSet<LinkId>>,
+}
+
+impl Exchange {
+    /// Ends a search.
+    pub(super) fn settle(&mut self, request: u64, outcome: &SearchOutcome) {
+        if let Some(search) = self.searches.remove(&request) {
+            for waiting in search.waiting {
+                let _ = waiting.send(outcome.clone());
+            }
+        }
+    }
+
+    /// Ends a search that nobody answered with the document.
+    fn give_up(&mut self, request: u64) {
+        if let Some(search) = self.searches.get(&request) {
+            let outcome = search.outcome();
+            self.settle(request, &outcome);
+        }
+    }
+
+    /// Ends the searches that have taken too long.
+    pub(super) fn expire(&mut self) {
+        let now = Instant::now();
+        let expired: Vec<u64> =
+            self.searches.iter().filter(|(_, it)| it.until <= now).map(|(request, _)| *request).collect();
+        expired.into_iter().for_each(|request| self.give_up(request));
+    }
+
+    pub(super) fn link_closed(&mut self, link: LinkId) {
+        self.wanted_by.retain(|_, links| {
+            links.remove(&link);
+            !links.is_empty()
+        });
+        // Nothing is given up here: another link to the region may be about to take the place of this one.
+        for search in self.searches.values_mut() {
+            search.asked.remove(&link);
+            if search.fetching == Some(link) {
+                search.fetching = None;
+                search.until = Instant::now() + FIND_PATIENCE;
+            }
+        }
+    }
+}
+
+impl Task {
+    /// Handles a frame that is not about the log; gives others back.
+    pub(super) fn receive_exchange(&mut self, link: LinkId, frame: LinkFrame) -> Option<LinkFrame> {
+        match frame {
+            LinkFrame::Find { request, document } => self.answer_find(link, request, document),
+            LinkFrame::Found { request, standing } => self.found(link, request, standing),
+            LinkFrame::DocumentRequest { request, document } => self.answer_request(link, request, document),
+            LinkFrame::DocumentAnswer { request, contents } => self.fetched(link, request, contents),
+            LinkFrame::Interest { add, remove } => self.note_interest(link, add, &remove),
+            LinkFrame::Presence { document, sender, session, count, data } => {
+                self.receive_presence(link, Ephemeral { sender, document, session, count, data });
+            }
+            other => return Some(other),
+        }
+        None
+    }
+
+    /// Whether the region at the other end of a link is in a group.
+    fn is_member(&self, link: LinkId, group: &PlacementGroup) -> bool {
+        self.links.get(&link).is_some_and(|up| up.peer.groups.contains(group))
+    }
+
+    fn receive_presence(&self, link: LinkId, message: Ephemeral) {
+        let Some(document) = self.parts.documents.resident(&message.document) else { return };
+        if document.settled_group().is_some_and(|group| self.is_member(link, &group)) {
+            let dropped = document.relay(None, &Arc::new(message)).unwrap_or(0);
+            self.parts.metrics.lossy_dropped.increment(dropped);
+        }
+    }
+
+    pub(super) fn search(
+        &mut self,
+        document: DocumentId,
+        group: PlacementGroup,
+        found: oneshot::Sender<SearchOutcome>,
+    ) {
+        let asked: HashSet<LinkId> =
+            self.links.keys().copied().filter(|link| self.is_member(*link, &group)).collect();
+        let exchange = &mut self.exchange;
+        let same = exchange.searches.values_mut().find(|it| it.document == document && it.group == group);
+        if let Some(search) = same {
+            return search.waiting.push(found);
+        }
+        if asked.is_empty() || exchange.searches.len() >= SEARCHES_MAX {
+            let _ = found.send(SearchOutcome::Absent);
+            return;
+        }
+        exchange.next_request += 1;
+        let request = exchange.next_request;
+        for link in &asked {
+            self.send(*link, LinkFrame::Find { request, document: document.clone() });
+        }
+        let search = Search {
+            document,
+            group,
+            elsewhere: None,
+            asked,
+            fetching: None,
+            until: Instant::now() + FIND_PATIENCE,
+            waiting: vec![found],
+        };
+        self.exchange.searches.insert(request, search);
+    }
+
+    fn answer_find(&self, link: LinkId, request: u64, document: DocumentId) {
+        let Some(up) = self.links.get(&link) else { return };
+        let groups = up.peer.groups.clone();
+        let (parts, shared) = (self.parts.clone(), self.shared.clone());
+        self.spawn(async move {
+            let standing = match snapshot::standing(&parts, &document, &groups).await {
+                snapshot::Found::Standing(standing) => standing,
+                snapshot::Found::Outside(group) => {
+                    let known = shared.known.lock();
+                    let members = known.values().filter(|peer| peer.groups.contains(&group));
+                    let others = members.filter_map(|peer| peer.client_url.clone());
+                    let urls = parts.advertise.iter().cloned().chain(others);
+                    Standing::Elsewhere { urls: urls.take(ELSEWHERE_URLS_MAX).collect() }
+                }
+            };
+            Event::Reply { link, frame: LinkFrame::Found { request, standing } }
+        });
+    }
+
+    fn found(&mut self, link: LinkId, request: u64, standing: Standing) {
+        let Some(search) = self.exchange.searches.get_mut(&request) else { return };
+        if !search.asked.remove(&link) {
+            return;
+        }
+        match standing {
+            Standing::Here | Standing::Deleted if search.fetching.is_none() => {
+                search.fetching = Some(link);
+                search.until = Instant::now() + FETCH_PATIENCE;
+                let document = search.document.clone();
+                return self.send(link, LinkFrame::DocumentRequest { request, document });
+            }
+            Standing::Elsewhere { urls } => {
+                let known = search.elsewhere.get_or_insert_default();
+                let room = ELSEWHERE_URLS_MAX.saturating_sub(known.len());
+                known.extend(urls.into_iter().take(room));
+            }
+            Standing::Here | Standing::Deleted | Standing::Absent => {}
+        }
+        if search.asked.is_empty() && search.fetching.is_none() {
+            self.exchange.give_up(request);
+        }
+    }
+
+    fn answer_request(&self, link: LinkId, request: u64, document: DocumentId) {
+        let Some(up) = self.links.get(&link) else { return };
+        let groups = up.peer.groups.clone();
+        let parts = self.parts.clone();
+        self.spawn(async move {
+            let contents = snapshot::contents(&parts, &document, &groups).await;
+            Event::Reply { link, frame: LinkFrame::DocumentAnswer { request, contents } }
+        });
+    }
+
+    fn fetched(
+        &mut self,
+        link: LinkId,
+        request: u64,
+        contents: Option<isobar_protocol::link::DocumentContents>,
+    ) {
+        let Some(search) = self.exchange.searches.get(&request) else { return };
+        if search.fetching != Some(link) {
+            return;
+        }
+        // It must be the document that was asked for: a page may hold others, an answer may not.
+        // And of a group that both regions are in.
+        let is_shared =
+            |group: &PlacementGroup| self.replica.groups().contains(group) && self.is_member(link, group);
+        let wanted = search.document.clone();
+        let Some(contents) = contents.filter(|it| it.document == wanted && is_shared(&it.group)) else {
+            return self.exchange.give_up(request);
+        };
+        let parts = self.parts.clone();
+        self.spawn(async move {
+            snapshot::store_page(&parts, vec![contents]).await;
+            Event::Fetched { request }
+        });
+    }
+
+    /// Compares what sessions have open with what other regions were told, and tells them what has changed.
+    pub(super) fn refresh_interests(&mut self) {
+        if self.links.is_empty() {
+            return;
+        }
+        let now = Instant::now();
+        let open: HashMap<DocumentId, PlacementGroup> =
+            self.parts.documents.subscribed().into_iter().take(INTEREST_DOCUMENTS_MAX).collect();
+        let wanted = &mut self.exchange.wanted;
+        let mut remove = Vec::new();
+        wanted.retain(|document, wanted| {
+            wanted.since = if open.contains_key(document) { None } else { wanted.since.or(Some(now)) };
+            let keep = wanted.since.is_none_or(|since| now.duration_since(since) < LINGER);
+            if !keep {
+                remove.push((document.clone(), wanted.group.clone()));
+            }
+            keep
+        });
+        let add: Vec<(DocumentId, PlacementGroup)> =
+            open.into_iter().filter(|(document, _)| !wanted.contains_key(document)).collect();
+        wanted.extend(
+            add.iter()
+                .map(|(document, group)| (document.clone(), Wanted { group: group.clone(), since: None })),
+        );
+        for (link, up) in &self.links {
+            let for_peer = |all: &[(DocumentId, PlacementGroup)]| -> Vec<DocumentId> {
+                let theirs = all.iter().filter(|(_, group)| up.peer.groups.contains(group));
+                theirs.map(|(document, _)| document.clone()).collect()
+            };
+            let (add, remove) = (for_peer(&add), for_peer(&remove));
+            if !add.is_empty() || !remove.is_empty() {
+                self.send(*link, LinkFrame::Interest { add, remove });
+            }
+        }
+    }
+
+    /// Has a new link's region take part in the searches that are under way.
+    pub(super) fn offer_searches(&mut self, link: LinkId) {
+        let groups = self.links.get(&link).map(|up| up.peer.groups.clone()).unwrap_or_default();
+        let mut frames = Vec::new();
+        for (request, search) in &mut self.exchange.searches {
+            if groups.contains(&search.group) && search.fetching.is_none() {
+                search.asked.insert(link);
+                frames.push(LinkFrame::Find { request: *request, document: search.document.clone() });
+            }
+        }
+        frames.into_iter().for_each(|frame| self.send(link, frame));
+    }
+
+    /// Tells a new link of all that is wanted of its groups.
+    pub(super) fn offer_interests(&mut self, link: LinkId) {
+        let wanted = self.exchange.wanted.iter().filter(|(_, it)| self.is_member(link, &it.group));
+        let add = wanted.map(|(document, _)| document.clone()).take(INTEREST_DOCUMENTS_MAX).collect();
+        self.send(link, LinkFrame::Interest { add, remove: Vec::new() });
+    }
+
+    fn note_interest(&mut self, link: LinkId, add: Vec<DocumentId>, remove: &[DocumentId]) {
+        let wanted_by = &mut self.exchange.wanted_by;
+        for document in add {
+            if wanted_by.len() < INTEREST_DOCUMENTS_MAX || wanted_by.contains_key(&document) {
+                wanted_by.entry(document).or_default().insert(link);
+            }
+        }
+        for document in remove {
+            if let Some(links) = wanted_by.get_mut(document) {
+                links.remove(&link);
+                if links.is_empty() {
+                    wanted_by.remove(document);
+                }
+            }
+        }
+        let wanted = !wanted_by.is_empty();
+        self.shared.presence_wanted.store(wanted, std::sync::atomic::Ordering::Relaxed);
+    }
+
+    pub(super) fn relay_presence(&self, message: &Ephemeral) {
+        let Some(links) = self.exchange.wanted_by.get(&message.document) else { return };
+        // Whoever said that it wants the document need not be of its group.
+        let document = self.parts.documents.resident(&message.document);
+        let Some(group) = document.and_then(|document| document.settled_group()) else { return };
+        if message.data.len() > PRESENCE_DATA_BYTES_MAX {
+            return self.parts.metrics.lossy_dropped.increment(1);
+        }
+        let members = links.iter().filter_map(|link| self.links.get(link));
+        for up in members.filter(|up| up.peer.groups.contains(&group)) {
+            let dropped = up.outgoing.push_presence(LinkFrame::Presence {
+                document: message.document.clone(),
+                sender: message.sender.clone(),
+                session: message.session.clone(),
+                count: message.count,
+                data: message.data.clone(),
+            });
+            self.parts.metrics.lossy_dropped.increment(u64::from(dropped));
+        }
+    }
+}

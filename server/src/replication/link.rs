@@ -1,0 +1,219 @@
+//! One link's socket: the handshake, then frames in and out until it ends.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::{Sink, SinkExt, Stream, StreamExt};
+use isobar_protocol::link::handshake::{Agreed, Handshake, HandshakeError, Hello, Identity, Nonce, Step};
+use isobar_protocol::replica::{LinkId, Peer};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::oneshot;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
+use tokio_tungstenite::tungstenite::{self, Message};
+
+use super::envelope::{Envelope, MESSAGE_BYTES_MAX, Opener, Sealer};
+use super::outgoing::Outgoing;
+use super::{Event, Replication};
+use crate::telemetry::Metrics;
+
+/// How long the handshake may take.
+const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long what was sent last is given to leave when a link is closed.
+const CLOSE_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Why a link ended or never came to be.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum LinkError {
+    #[error("the connection failed: {0}")]
+    Socket(#[from] Box<tungstenite::Error>),
+    #[error("the connection was closed")]
+    Closed,
+    #[error("no answer in time")]
+    TimedOut,
+    #[error("the peer was refused: {0}")]
+    Handshake(#[from] HandshakeError),
+    #[error("the peer sent what cannot be read: {0}")]
+    Envelope(#[from] super::envelope::EnvelopeError),
+    #[error("compression failed: {0}")]
+    Compression(#[from] std::io::Error),
+    /// There is a link to that region already, and it goes before this one.
+    #[error("another link to this region is up")]
+    Superfluous,
+}
+
+impl From<tungstenite::Error> for LinkError {
+    fn from(error: tungstenite::Error) -> Self {
+        Self::Socket(Box::new(error))
+    }
+}
+
+/// How both ends set their sockets up.
+pub(super) fn socket_config() -> WebSocketConfig {
+    WebSocketConfig::default()
+        .max_message_size(Some(MESSAGE_BYTES_MAX))
+        .max_frame_size(Some(MESSAGE_BYTES_MAX))
+}
+
+/// Proves to the other end who this node is, and has it prove who it is.
+pub(super) async fn shake_hands<S>(
+    socket: &mut WebSocketStream<S>,
+    identity: &Identity,
+    dialled_here: bool,
+) -> Result<Peer, LinkError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let proving = async {
+        let agreed = prove(socket, identity, dialled_here).await;
+        if let Err(LinkError::Handshake(error)) = &agreed
+            && let Some(refusal) = error.refusal()
+        {
+            say(socket, refusal).await?;
+        }
+        agreed
+    };
+    let agreed =
+        tokio::time::timeout(HANDSHAKE_PATIENCE, proving).await.map_err(|_| LinkError::TimedOut)??;
+    let Hello { region, node, storage_id, groups, client_url, .. } = agreed.peer;
+    Ok(Peer { region, node, storage_id, groups, client_url })
+}
+
+async fn prove<S>(
+    socket: &mut WebSocketStream<S>,
+    identity: &Identity,
+    dialled_here: bool,
+) -> Result<Agreed, LinkError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let mut handshake = match dialled_here {
+        false => Handshake::accept(identity.clone(), nonce()),
+        true => {
+            let (handshake, opening) = Handshake::dial(identity.clone(), nonce());
+            say(socket, opening).await?;
+            handshake
+        }
+    };
+    loop {
+        let message = hear(socket).await?;
+        match handshake.receive(&message)? {
+            Step::Answer { handshake: next, send } => {
+                say(socket, send).await?;
+                handshake = next;
+            }
+            Step::Done { agreed, send } => {
+                if let Some(send) = send {
+                    say(socket, send).await?;
+                }
+                return Ok(agreed);
+            }
+        }
+    }
+}
+
+/// Random bytes from the generator of identifiers: 244 of their 256 bits are random.
+fn nonce() -> Nonce {
+    let halves = [uuid::Uuid::new_v4().into_bytes(), uuid::Uuid::new_v4().into_bytes()];
+    let mut nonce = [0; 32];
+    nonce.copy_from_slice(halves.as_flattened());
+    Nonce(nonce)
+}
+
+async fn say<S>(socket: &mut WebSocketStream<S>, message: Vec<u8>) -> Result<(), LinkError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    Ok(socket.send(Message::Binary(message.into())).await?)
+}
+
+async fn hear<S>(socket: &mut WebSocketStream<S>) -> Result<Bytes, LinkError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    loop {
+        match socket.next().await {
+            Some(Ok(Message::Binary(message))) => return Ok(message),
+            Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
+            Some(Ok(_)) | None => return Err(LinkError::Closed),
+            Some(Err(error)) => return Err(error.into()),
+        }
+    }
+}
+
+/// Serves a link whose peer has proved who it is, until it ends.
+pub(super) async fn serve<S>(
+    replication: &Replication,
+    metrics: &Metrics,
+    socket: WebSocketStream<S>,
+    peer: Peer,
+    dialled_here: bool,
+) -> Result<(), LinkError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let link = LinkId(replication.shared.next_link.fetch_add(1, Ordering::Relaxed));
+    let outgoing = Arc::new(Outgoing::default());
+    let (kept, is_kept) = oneshot::channel();
+    let opened = Event::Opened { link, peer, dialled_here, outgoing: outgoing.clone(), kept };
+    replication.events.send(opened).await.map_err(|_| LinkError::Closed)?;
+    if !is_kept.await.unwrap_or(false) {
+        return Err(LinkError::Superfluous);
+    }
+    let (sink, stream) = socket.split();
+    let ended = tokio::select! {
+        ended = read(replication, metrics, link, stream) => ended,
+        ended = write(metrics, &outgoing, sink) => ended,
+        () = async { outgoing.closed().await; tokio::time::sleep(CLOSE_PATIENCE).await } => Ok(()),
+    };
+    let _ = replication.events.send(Event::Closed { link }).await;
+    ended
+}
+
+async fn read(
+    replication: &Replication,
+    metrics: &Metrics,
+    link: LinkId,
+    mut stream: impl Stream<Item = Result<Message, tungstenite::Error>> + Unpin,
+) -> Result<(), LinkError> {
+    let mut opener = Opener::new()?;
+    while let Some(message) = stream.next().await {
+        let message = match message? {
+            Message::Binary(message) => message,
+            Message::Close(_) => return Ok(()),
+            _ => continue,
+        };
+        metrics.link_bytes_received.increment(message.len() as u64);
+        for frame in opener.open(&message)? {
+            let event = Event::Frame { link, frame };
+            replication.events.send(event).await.map_err(|_| LinkError::Closed)?;
+        }
+    }
+    Ok(())
+}
+
+async fn write(
+    metrics: &Metrics,
+    outgoing: &Outgoing,
+    mut sink: impl Sink<Message, Error = tungstenite::Error> + Unpin,
+) -> Result<(), LinkError> {
+    let mut sealer = Sealer::new()?;
+    loop {
+        let mut envelope = Envelope::default();
+        let taken = outgoing.take(|frame| {
+            envelope.push(&frame);
+            !envelope.is_full()
+        });
+        if taken.await.is_none() {
+            sink.close().await?;
+            return Ok(());
+        }
+        let (message, raw) = sealer.seal(envelope)?;
+        metrics.link_bytes_sent.increment(message.len() as u64);
+        metrics.link_bytes_before_compression.increment(raw as u64);
+        sink.send(Message::Binary(message)).await?;
+    }
+}
