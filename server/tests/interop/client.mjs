@@ -37,15 +37,15 @@ class SturdyAdapter extends WebSocketClientAdapter {
 export class Client {
   /** Everything the server sent, in order, decoded as far as the adapter does. Bounded by the tests' length. */
   received = [];
+  #Adapter;
 
   /**
    * `folder` gives the client a storage on disk; `gossip` lets it follow remote heads; `sturdy` lets it outlive the
    * sudden death of a server in any case.
    */
   constructor(url, { folder, gossip = false, sturdy = false, peerId } = {}) {
-    const Adapter = sturdy ? SturdyAdapter : WebSocketClientAdapter;
-    this.adapter = new Adapter(url, RETRY_INTERVAL_MS);
-    this.adapter.on("message", message => this.received.push(message));
+    this.#Adapter = sturdy ? SturdyAdapter : WebSocketClientAdapter;
+    this.adapter = this.#connection(url);
     this.repo = new Repo({
       network: [this.adapter],
       storage: folder ? new NodeFSStorageAdapter(folder) : undefined,
@@ -53,6 +53,20 @@ export class Client {
       enableRemoteHeadsGossiping: gossip,
       peerId,
     });
+  }
+
+  #connection(url) {
+    const adapter = new this.#Adapter(url, RETRY_INTERVAL_MS);
+    adapter.on("message", message => this.received.push(message));
+    return adapter;
+  }
+
+  /** Gives up the server it has, which must be gone, and connects to another with all that it holds. */
+  moveTo(region) {
+    this.#giveUp();
+    this.adapter = this.#connection(region.url);
+    this.repo.networkSubsystem.addNetworkAdapter(this.adapter);
+    this.region = region;
   }
 
   /** Calls `listener(documentId, heads)` for each sync message: the server's heads, as change hashes. */
@@ -79,8 +93,14 @@ export class Client {
   }
 
   async close() {
-    this.adapter.retryInterval = 0;
+    this.#giveUp();
     await this.repo.shutdown();
+  }
+
+  /** Ends attempts to connect: one that is scheduled already would take an interval of zero for "without pause". */
+  #giveUp() {
+    this.adapter.retryInterval = 0;
+    this.adapter.connect = () => {};
   }
 }
 

@@ -3,7 +3,8 @@
 // A change is acknowledged once its hash, or that of a change that depends on it, is among the heads of a sync
 // message from the server. The checker notes those heads as they come in. After each kill the writers are kept
 // away while a client with no memory reads every document from the restarted server, so that nothing can be
-// quietly uploaded again by somebody who still has it.
+// quietly uploaded again by somebody who still has it. With several regions another client then reads them from each
+// of the others.
 
 import assert from "node:assert/strict";
 
@@ -19,7 +20,7 @@ const DOCUMENTS = 3;
 const KILL_AFTER_MS = [400, 1_600];
 
 onEachDatabase("no acknowledged change is lost when the server is killed under load", async (scene, t) => {
-  const link = await scene.link();
+  const link = await scene.link(scene.region);
   const acknowledged = new Map();
   const writers = Array.from({ length: WRITERS }, () => writer(scene, link, acknowledged));
   const opened = await openDocuments(writers);
@@ -36,7 +37,7 @@ onEachDatabase("no acknowledged change is lost when the server is killed under l
     stopWriting();
 
     await scene.region.start();
-    total = await assertKept(scene, acknowledged);
+    total = await assertKeptEverywhere(scene, acknowledged);
     t.diagnostic(`round ${round}: killed after ${Math.round(moment)} ms, ${total} changes kept, none missing`);
     await link.heal();
     await until(() => writers.every(client => client.repo.peers.length > 0), "the writers to come back");
@@ -44,7 +45,7 @@ onEachDatabase("no acknowledged change is lost when the server is killed under l
 
   for (const copies of opened) await converged(...copies);
   for (const [at, client] of writers.entries()) for (const copies of opened) await client.saved(copies[at]);
-  const final = await assertKept(scene, acknowledged);
+  const final = await assertKeptEverywhere(scene, acknowledged);
   assert.equal(final, sum(opened.map(copies => changeHashes(copies[0]).size)), "what was not acknowledged came later");
   assert.ok(final >= total);
 });
@@ -86,15 +87,28 @@ function keepWriting(opened, round) {
   return () => clearInterval(timer);
 }
 
+/** As [`assertKept`], in each region. Returns how many changes the first holds. */
+async function assertKeptEverywhere(scene, acknowledged) {
+  const held = await assertKept(scene, acknowledged, scene.region);
+  await scene.mesh.linked();
+  for (const region of scene.regions.slice(1)) await assertKept(scene, acknowledged, region);
+  return held;
+}
+
 /** Reads every document with a new client and compares; returns how many changes the region holds. */
-async function assertKept(scene, acknowledged) {
-  const checker = scene.client();
+async function assertKept(scene, acknowledged, region) {
+  const checker = scene.client({ region });
+  const missing = (handle, heads) => {
+    const present = changeHashes(handle);
+    return [...heads].filter(head => !present.has(head));
+  };
   let held = 0;
   for (const [documentId, heads] of acknowledged) {
     const handle = await checker.repo.find(documentId);
+    // What another region acknowledged may still be on its way.
+    if (region !== scene.region) await until(() => missing(handle, heads).length === 0, `all of ${documentId}`);
+    assert.deepEqual(missing(handle, heads), [], `acknowledged changes of ${documentId} are missing`);
     const present = changeHashes(handle);
-    const missing = [...heads].filter(head => !present.has(head));
-    assert.deepEqual(missing, [], `acknowledged changes of ${documentId} are missing`);
     held += present.size;
   }
   await scene.leave(checker);

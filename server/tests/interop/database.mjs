@@ -1,9 +1,9 @@
 // A new, empty database for each test: a SQLite file, or a database on the Postgres server whose address is
-// in `ISOBAR_TEST_DATABASE_URL`.
+// in `ISOBAR_TEST_DATABASE_URL`. While no server uses it, it can be copied, and put back to what it was.
 
 import { execFile } from "node:child_process";
 import { randomUUID } from "node:crypto";
-import { mkdtemp, rm } from "node:fs/promises";
+import { copyFile, mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { promisify } from "node:util";
@@ -22,8 +22,14 @@ export const kinds = {
 
 async function createSqlite() {
   const folder = await mkdtemp(join(tmpdir(), "isobar-interop-"));
+  const file = join(folder, "region.db");
   return {
-    url: `sqlite:${join(folder, "region.db")}`,
+    url: `sqlite:${file}`,
+    copy: () => copyFile(file, `${file}.copy`),
+    restore: async () => {
+      for (const journal of ["-wal", "-shm"]) await rm(file + journal, { force: true });
+      await copyFile(`${file}.copy`, file);
+    },
     remove: () => rm(folder, { recursive: true, force: true }),
   };
 }
@@ -33,7 +39,19 @@ async function createPostgres() {
   await sql(`create database ${name}`);
   const url = new URL(postgres);
   url.pathname = `/${name}`;
-  return { url: url.href, remove: () => sql(`drop database if exists ${name} with (force)`) };
+  const drop = name => sql(`drop database if exists ${name} with (force)`);
+  return {
+    url: url.href,
+    copy: () => sql(`create database ${name}_copy template ${name}`),
+    restore: async () => {
+      await drop(name);
+      await sql(`create database ${name} template ${name}_copy`);
+    },
+    remove: async () => {
+      await drop(name);
+      await drop(`${name}_copy`);
+    },
+  };
 }
 
 function sql(statement) {

@@ -129,6 +129,7 @@ onEachDatabase("a document of 20,000 changes reaches a cold client byte for byte
   await scene.leave(writer);
 
   const cold = await scene.client().repo.find(author.url);
+  await scene.caughtUp(cold, author);
   assert.equal(cold.doc().text, author.doc().text);
   assert.equal(cold.doc().text.length, changes);
   assert.ok(sameMembers(cold.heads(), author.heads()));

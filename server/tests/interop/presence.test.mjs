@@ -11,6 +11,7 @@ onEachDatabase("ephemeral messages go both ways, in order and once", async scene
   near.change(doc => (doc.open = true));
   await left.saved(near);
   const far = await scene.client().repo.find(near.url);
+  await hearing(scene, near, far);
 
   const heardNear = listen(near);
   const heardFar = listen(far);
@@ -36,6 +37,7 @@ onEachDatabase("three clients hear each other and never themselves", async scene
   first.change(doc => (doc.open = true));
   await clients[0].saved(first);
   const handles = [first, await clients[1].repo.find(first.url), await clients[2].repo.find(first.url)];
+  await hearing(scene, ...handles);
   const heard = handles.map(listen);
 
   handles.forEach((handle, author) => handle.broadcast({ author }));
@@ -58,6 +60,7 @@ onEachDatabase("ephemeral messages stay within their document", async scene => {
 
   const reader = scene.client();
   const found = await reader.repo.find(open.url);
+  await hearing(scene, open, found);
   const heard = listen(found);
   other.broadcast("not for you");
   open.broadcast("for you");
@@ -69,6 +72,23 @@ onEachDatabase("ephemeral messages stay within their document", async scene => {
 
 function listen(handle) {
   const messages = [];
-  handle.on("ephemeral-message", ({ message }) => messages.push(message));
+  handle.on("ephemeral-message", ({ message }) => {
+    if (message.hearing === undefined) messages.push(message);
+  });
   return messages;
+}
+
+/**
+ * Waits until these clients hear each other. A region learns with some delay which documents are open in another, and
+ * sends presence of no others; within a region there is nothing to wait for.
+ */
+async function hearing(scene, ...handles) {
+  if (scene.regions.length === 1) return;
+  const heard = handles.map(() => new Set());
+  handles.forEach((handle, self) => handle.on("ephemeral-message", ({ message }) => heard[self].add(message.hearing)));
+  await until(async () => {
+    handles.forEach((handle, author) => handle.broadcast({ hearing: author }));
+    await new Promise(resolve => setTimeout(resolve, 50));
+    return heard.every((authors, self) => handles.every((_, author) => author === self || authors.has(author)));
+  }, "the clients to hear each other");
 }

@@ -4,6 +4,7 @@
 // tests, so a test may stop or kill it at will.
 
 import { spawn } from "node:child_process";
+import { randomBytes } from "node:crypto";
 import { once } from "node:events";
 import { createInterface } from "node:readline";
 import { fileURLToPath } from "node:url";
@@ -19,25 +20,39 @@ const binary =
 const running = new Set();
 process.once("exit", () => running.forEach(child => child.kill("SIGKILL")));
 
-function command(database, port) {
-  return [
-    binary,
-    "serve",
-    ...["--listen", `127.0.0.1:${port}`],
-    ...["--admin-listen", "127.0.0.1:0"],
-    ...["--database", database],
-    ...["--region", "interop"],
-  ];
-}
+// What regions that are linked share.
+const CLUSTER_KEY = randomBytes(32).toString("hex");
 
 export class Region {
   #database;
+  #peers;
   #process;
   #log = [];
   #port = 0;
+  #adminPort = 0;
+  #peerPort = 0;
 
-  constructor(database) {
+  /** `peers` are the addresses of other regions; without any the region stands alone. */
+  constructor(database, { name = "interop", peers = [] } = {}) {
     this.#database = database;
+    this.#peers = peers;
+    this.name = name;
+  }
+
+  #command() {
+    const linked = [
+      ...["--peer-listen", `127.0.0.1:${this.#peerPort}`],
+      ...this.#peers.flatMap(peer => ["--peer", peer]),
+    ];
+    return [
+      "serve",
+      ...["--listen", `127.0.0.1:${this.#port}`],
+      ...["--admin-listen", `127.0.0.1:${this.#adminPort}`],
+      ...["--database", this.#database],
+      ...["--region", this.name],
+      ...["--log", process.env.ISOBAR_TEST_LOG ?? "info"],
+      ...(this.#peers.length > 0 ? linked : []),
+    ];
   }
 
   /** The address for clients; the same after every restart. */
@@ -49,6 +64,11 @@ export class Region {
     return this.#port;
   }
 
+  /** Where other regions reach this one. */
+  get peerPort() {
+    return this.#peerPort;
+  }
+
   get running() {
     return this.#process !== undefined;
   }
@@ -58,15 +78,29 @@ export class Region {
     return this.#log.join("\n");
   }
 
-  /** Starts the server, on a free port at first and on that same port ever after. */
+  /** Asks the operators' interface; returns the response, whatever its status. */
+  admin(path, options = {}) {
+    return fetch(`http://127.0.0.1:${this.#adminPort}${path}`, options);
+  }
+
+  /** The names of the regions that are linked at this moment. */
+  async peers() {
+    const metrics = await (await this.admin("/metrics")).text();
+    return [...metrics.matchAll(/^isobar_link_up\{region="([^"]+)"\} 1$/gm)].map(([, name]) => name);
+  }
+
+  /** Starts the server, on free ports at first and on those same ports ever after. */
   async start() {
-    const [program, ...args] = command(this.#database, this.#port);
-    const child = spawn(program, args, { stdio: ["ignore", "pipe", "pipe"] });
+    const child = spawn(binary, this.#command(), {
+      stdio: ["ignore", "pipe", "pipe"],
+      env: { ...process.env, ISOBAR_CLUSTER_KEY: CLUSTER_KEY },
+    });
     this.#process = child;
     running.add(child);
     child.once("exit", () => running.delete(child));
     createInterface({ input: child.stderr }).on("line", line => this.#remember(line));
-    this.#port = await this.#listeningPort(child);
+    const ports = await this.#listeningPorts(child);
+    [this.#port, this.#adminPort, this.#peerPort] = [ports.clients, ports.admin, ports.peers ?? 0];
     return this;
   }
 
@@ -109,11 +143,15 @@ export class Region {
     if (this.#log.length > LOG_LINES_KEPT && !/panicked at/.test(this.#log[0])) this.#log.shift();
   }
 
-  #listeningPort(child) {
+  /** The ports of the listeners, as the server announces them. */
+  #listeningPorts(child) {
+    const expected = this.#peers.length > 0 ? 3 : 2;
     const announced = new Promise((resolve, reject) => {
+      const ports = {};
       createInterface({ input: child.stdout }).on("line", line => {
-        const listener = /^clients: ws:\/\/127\.0\.0\.1:(\d+)/.exec(line);
-        if (listener) resolve(Number(listener[1]));
+        const listener = /^(clients|peers|admin): \w+:\/\/127\.0\.0\.1:(\d+)/.exec(line);
+        if (listener) ports[listener[1]] = Number(listener[2]);
+        if (Object.keys(ports).length === expected) resolve(ports);
       });
       child.on("error", error => reject(new Error(`cannot start ${binary}: ${error.message}`)));
       child.on("exit", code => reject(new Error(`isobar ended with ${code} at its start:\n${this.log}`)));

@@ -6,13 +6,15 @@ import { onEachDatabase } from "./scene.mjs";
 import { until } from "./until.mjs";
 
 onEachDatabase("the region announces a stable storage id and that it keeps documents", async scene => {
-  const client = scene.client();
+  const client = scene.client({ region: scene.region });
   const before = await client.regionStorageId();
   assert.match(before, /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/);
   assert.equal(client.repo.peerMetadataByPeerId[client.repo.peers[0]].isEphemeral, false);
 
-  const other = scene.client();
+  const other = scene.client({ region: scene.region });
   assert.equal(await other.regionStorageId(), before);
+  for (const region of scene.regions.slice(1))
+    assert.notEqual(await scene.client({ region }).regionStorageId(), before, "each region is a storage of its own");
 });
 
 onEachDatabase("a subscriber learns which heads are saved in the region, of its open documents only", async scene => {
