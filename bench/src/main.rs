@@ -7,6 +7,7 @@ mod frames;
 mod peers;
 mod plan;
 mod process;
+mod regions;
 mod report;
 mod results;
 mod scenario;
@@ -44,7 +45,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
   cargo run --release -p isobar-bench -- --scenario fanout --server isobar-sqlite,bare-answered,y-sweet --rounds 5")]
 struct Arguments {
     #[command(subcommand)]
-    command: Option<Hidden>,
+    command: Option<Subcommands>,
 
     /// Small sizes and one round: under three minutes instead of twenty-five. Leaves the scenarios on the large document
     /// out unless they are named.
@@ -82,7 +83,8 @@ struct Arguments {
 }
 
 #[derive(Debug, Subcommand)]
-enum Hidden {
+enum Subcommands {
+    Regions(regions::Arguments),
     /// The bare broadcast server, which the benchmark starts for itself.
     #[command(hide = true)]
     Bare {
@@ -94,8 +96,10 @@ enum Hidden {
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
     tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(async {
-        if let Some(Hidden::Bare { file }) = arguments.command {
-            return bare::serve(file).await;
+        match &arguments.command {
+            Some(Subcommands::Bare { file }) => return bare::serve(file.clone()).await,
+            Some(Subcommands::Regions(arguments)) => return regions::run(arguments).await,
+            None => {}
         }
         let mut terminate = signal(SignalKind::terminate())?;
         // Whichever way this ends, dropping the run ends the servers.

@@ -360,6 +360,17 @@ pub async fn http_get_bytes(authority: &str, path: &str) -> Result<usize> {
     Ok(answer.len())
 }
 
+/// One HTTP/1.1 GET; returns the body of the answer.
+pub async fn http_get(authority: &str, path: &str) -> Result<String> {
+    let request = format!("GET {path} HTTP/1.1\r\nHost: {authority}\r\nConnection: close\r\n\r\n");
+    let answer = String::from_utf8_lossy(&http(authority, &request).await?).into_owned();
+    let (head, body) = answer.split_once("\r\n\r\n").context("not an HTTP answer")?;
+    if !head.starts_with("HTTP/1.1 200") {
+        bail!("{path} was refused: {head}");
+    }
+    Ok(body.to_owned())
+}
+
 async fn http(authority: &str, request: &str) -> Result<Vec<u8>> {
     let exchange = async {
         let mut stream = tokio::net::TcpStream::connect(authority).await?;

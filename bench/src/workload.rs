@@ -49,7 +49,14 @@ pub struct Seed {
 impl Seed {
     /// A document with one character.
     pub fn small() -> Result<Self> {
-        let mut automerge = AutoCommit::new().with_actor(ActorId::from([1; 16]));
+        Self::numbered(0)
+    }
+
+    /// The same by another author, so that no hash of its chain is that of another's.
+    pub fn numbered(number: u32) -> Result<Self> {
+        let mut author = [1; 16];
+        author[12..].copy_from_slice(&(0x0101_0101 + number).to_be_bytes());
+        let mut automerge = AutoCommit::new().with_actor(ActorId::from(author));
         let text = automerge.put_object(ROOT, "text", ObjType::Text)?;
         automerge.splice_text(&text, 0, 0, ".")?;
         automerge.commit_with(CommitOptions::default().with_time(0));
