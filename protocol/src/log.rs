@@ -51,6 +51,12 @@ impl Chain {
         }
     }
 
+    /// After these entries.
+    #[must_use]
+    pub fn after_all<'a>(self, entries: impl IntoIterator<Item = &'a Entry>) -> Self {
+        entries.into_iter().fold(self, |chain, entry| chain.after(&entry.document, &entry.content))
+    }
+
     /// After an entry that names a change.
     #[must_use]
     pub fn after_change(self, document: &DocumentId, hash: &ChangeHash) -> Self {
@@ -141,12 +147,24 @@ pub fn encode_run<'a>(entries: impl IntoIterator<Item = &'a Entry>) -> Vec<u8> {
     body
 }
 
-fn push_section(body: &mut Vec<u8>, section: &[&Entry]) {
-    let Some(first) = section.first() else { return };
-    let id = first.document.as_bytes();
-    body.push(first.content.kind());
+fn push_head(body: &mut Vec<u8>, kind: u8, document: &DocumentId) {
+    let id = document.as_bytes();
+    body.push(kind);
     body.push(u8::try_from(id.len()).expect("a document id is at most 64 bytes"));
     body.extend_from_slice(id);
+}
+
+/// What every section of a document's changes begins with. A body without these bytes holds none of them; one with them
+/// may.
+pub fn changes_head(document: &DocumentId) -> Vec<u8> {
+    let mut head = Vec::new();
+    push_head(&mut head, KIND_CHANGES, document);
+    head
+}
+
+fn push_section(body: &mut Vec<u8>, section: &[&Entry]) {
+    let Some(first) = section.first() else { return };
+    push_head(body, first.content.kind(), &first.document);
     if let Content::Tombstone { deleted_at_ms } = &first.content {
         return write_unsigned(body, *deleted_at_ms);
     }

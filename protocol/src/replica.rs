@@ -68,8 +68,6 @@ pub struct Peer {
 /// A run that was received in order, for the caller to store.
 #[derive(Debug, Clone)]
 pub struct ReceivedRun {
-    /// Where it came from.
-    pub link: LinkId,
     pub origin: OriginId,
     pub region: RegionName,
     pub group: PlacementGroup,
@@ -205,7 +203,7 @@ impl Origin {
 struct Link {
     peer: Peer,
     /// What the peer has announced.
-    theirs: BTreeMap<OriginId, (Seq, Chain)>,
+    theirs: BTreeMap<OriginId, Seq>,
     /// Where the peer's log begins, as far as it has said so.
     floors: BTreeMap<OriginId, Seq>,
     /// What was announced to the peer last.
@@ -418,7 +416,7 @@ impl Replica {
             if !self.shares(link, &known.group) {
                 continue;
             }
-            let theirs = link.theirs.get(origin).map_or(0, |(seq, _)| seq.0);
+            let theirs = link.theirs.get(origin).map_or(0, |seq| seq.0);
             behind += theirs.saturating_sub(known.durable.0.0);
             ahead += known.durable.0.0.saturating_sub(theirs);
         }

@@ -224,7 +224,7 @@ impl World {
 
 fn end_of(run: &LogSlice) -> (Seq, Chain) {
     let entries = isobar_protocol::log::decode_run(&run.body).unwrap();
-    let chain = entries.iter().fold(run.chain_before, |chain, it| chain.after(&it.document, &it.content));
+    let chain = run.chain_before.after_all(&entries);
     (run.last, chain)
 }
 

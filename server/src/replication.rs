@@ -175,7 +175,6 @@ struct Shared {
     presence_wanted: AtomicBool,
     /// Set once when this node must not write any more.
     fatal: watch::Sender<Option<String>>,
-    changed: watch::Sender<()>,
 }
 
 impl Replication {
@@ -201,7 +200,6 @@ impl Replication {
             heard: Mutex::new(heard),
             presence_wanted: AtomicBool::new(false),
             fatal: watch::Sender::new(None),
-            changed: watch::Sender::new(()),
         });
         let origins = origins.into_iter().map(|it| Progress {
             origin: it.id,
@@ -256,11 +254,6 @@ impl Replication {
     /// The other regions that were ever linked.
     pub fn members(&self) -> Vec<RegionName> {
         self.shared.heard.lock().keys().cloned().collect()
-    }
-
-    /// Changes whenever another region has acknowledged something, or a link came or went.
-    pub fn changed(&self) -> watch::Receiver<()> {
-        self.shared.changed.subscribe()
     }
 
     /// How far a region has stored an origin, as it said last.
@@ -396,7 +389,6 @@ impl Task {
         self.links.insert(link, Up { peer, dialled_by_first, outgoing });
         self.offer_interests(link);
         self.offer_searches(link);
-        self.shared.changed.send_replace(());
         true
     }
 
@@ -421,7 +413,6 @@ impl Task {
         drop(linked);
         self.exchange.link_closed(link);
         self.replica.link_closed(self.now(), link);
-        self.shared.changed.send_replace(());
     }
 
     fn receive(&mut self, link: LinkId, frame: LinkFrame) {
@@ -484,7 +475,6 @@ impl Task {
             Effect::Acknowledged { region, origin, seq } => {
                 self.shared.acknowledged.lock().insert((region.clone(), origin), seq);
                 self.unnoted.insert((region, origin), seq);
-                self.shared.changed.send_replace(());
             }
             Effect::OriginForked { origin, region, seq } => {
                 self.parts.metrics.origins_forked.increment(1);

@@ -41,11 +41,10 @@ impl Replica {
         }
         let region = known.peer.region.clone();
         let known = self.links.get_mut(&link).expect("it was there a moment ago");
-        let before = known.theirs.get(&id).map(|(seq, _)| *seq);
-        if before.is_some_and(|before| before >= theirs.seq) {
+        if known.theirs.get(&id).is_some_and(|before| *before >= theirs.seq) {
             return;
         }
-        known.theirs.insert(id, (theirs.seq, theirs.chain));
+        known.theirs.insert(id, theirs.seq);
         self.effects.push(Effect::Acknowledged { region, origin: id, seq: theirs.seq });
         self.acknowledged(now, link, id, theirs.seq);
     }
@@ -118,7 +117,6 @@ impl Replica {
         entries.drain(..skip);
         let body = if skip == 0 { body.clone() } else { repacked(&entries) };
         let run = ReceivedRun {
-            link,
             origin: id,
             region: origin.region.clone(),
             group: origin.group.clone(),

@@ -44,7 +44,7 @@ impl Replica {
         }
         let is_direct = self.links[&best].peer.region == origin.region;
         let usable = self.reachable(route.link, id, origin).is_some();
-        let theirs = self.links.get(&route.link).and_then(|it| it.theirs.get(&id)).map_or(Seq(0), |it| it.0);
+        let theirs = self.links.get(&route.link).and_then(|it| it.theirs.get(&id)).copied().unwrap_or(Seq(0));
         if !usable || is_direct {
             return self.take_route(id, best, None);
         }
@@ -74,7 +74,7 @@ impl Replica {
     /// How far the peer of a link has an origin, if it can be taken from there.
     fn reachable(&self, link: LinkId, id: OriginId, origin: &Origin) -> Option<Seq> {
         let known = self.links.get(&link)?;
-        let (seq, _) = known.theirs.get(&id)?;
+        let seq = known.theirs.get(&id)?;
         let truncated = known.floors.get(&id).is_some_and(|floor| *floor > origin.received.0);
         (!truncated && self.shares(known, &origin.group)).then_some(*seq)
     }

@@ -73,7 +73,7 @@ impl Replica {
     /// The peer to fetch from because of this origin: nobody's log holds what is missing here, and that peer has it.
     fn snapshot_link(&self, id: OriginId, origin: &Origin) -> Option<LinkId> {
         let gains =
-            |link: LinkId| self.links[&link].theirs.get(&id).is_some_and(|it| it.0 > origin.received.0);
+            |link: LinkId| self.links[&link].theirs.get(&id).is_some_and(|seq| *seq > origin.received.0);
         if origin.own || origin.forked || origin.route.is_some_and(|route| gains(route.link)) {
             return None;
         }
@@ -88,7 +88,7 @@ impl Replica {
         let Some(fetch) = &self.fetch else { return };
         let covers = |link: &LinkId| {
             let theirs = &self.links[link].theirs;
-            fetch.vector.iter().all(|it| theirs.get(&it.origin).is_some_and(|(seq, _)| *seq >= it.seq))
+            fetch.vector.iter().all(|it| theirs.get(&it.origin).is_some_and(|seq| *seq >= it.seq))
         };
         let same = |link: &LinkId| self.links[link].peer.region == fetch.region;
         let link =

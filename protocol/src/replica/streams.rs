@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use bytes::Bytes;
 
-use super::{Effect, LinkId, LogRead, LogSlice, Moment, Replica};
+use super::{Effect, Link, LinkId, LogRead, LogSlice, Moment, Replica};
 use crate::config::{
     CATCH_UP_ENTRIES, CATCH_UP_WINDOW_BYTES, ENTRIES_BYTES, LINK_WINDOW_BYTES, READ_RETRY_MS,
 };
@@ -42,6 +42,14 @@ enum Cut {
     Nothing,
 }
 
+impl Link {
+    /// Gives the room back that a frame took in the windows.
+    fn arrived(&mut self, sent: &InFlight) {
+        self.in_flight_bytes -= sent.bytes;
+        self.catching_up_bytes -= if sent.catching_up { sent.bytes } else { 0 };
+    }
+}
+
 impl Replica {
     pub(super) fn subscribed(&mut self, now: Moment, link: LinkId, id: OriginId, after: Seq, chain: Chain) {
         self.unsubscribed(now, link, id);
@@ -69,20 +77,17 @@ impl Replica {
     pub(super) fn unsubscribed(&mut self, now: Moment, link: LinkId, id: OriginId) {
         let Some(known) = self.links.get_mut(&link) else { return };
         let Some(stream) = known.streams.remove(&id) else { return };
-        for sent in stream.in_flight {
-            known.in_flight_bytes -= sent.bytes;
-            known.catching_up_bytes -= if sent.catching_up { sent.bytes } else { 0 };
-        }
+        stream.in_flight.iter().for_each(|sent| known.arrived(sent));
         self.pump_link(now, link);
     }
 
     /// The peer has everything up to `seq`.
     pub(super) fn acknowledged(&mut self, now: Moment, link: LinkId, id: OriginId, seq: Seq) {
         let Some(known) = self.links.get_mut(&link) else { return };
-        let Some(stream) = known.streams.get_mut(&id) else { return };
-        while let Some(sent) = stream.in_flight.pop_front_if(|sent| sent.last <= seq) {
-            known.in_flight_bytes -= sent.bytes;
-            known.catching_up_bytes -= if sent.catching_up { sent.bytes } else { 0 };
+        while let Some(sent) =
+            known.streams.get_mut(&id).and_then(|it| it.in_flight.pop_front_if(|sent| sent.last <= seq))
+        {
+            known.arrived(&sent);
         }
         self.pump_link(now, link);
     }
@@ -206,13 +211,9 @@ fn after_cursor(cursor: Seq, run: &LogSlice) -> Option<LogSlice> {
     Some(LogSlice {
         first: Seq(cursor.0 + 1),
         last: run.last,
-        chain_before: chain_over(run.chain_before, skipped),
+        chain_before: run.chain_before.after_all(skipped),
         body: encode_run(rest).into(),
     })
-}
-
-fn chain_over(before: Chain, entries: &[Entry]) -> Chain {
-    entries.iter().fold(before, |chain, entry| chain.after(&entry.document, &entry.content))
 }
 
 /// Puts small runs together and takes large ones apart.
@@ -266,7 +267,7 @@ fn split(slice: LogSlice) -> Vec<LogSlice> {
         let (part, later) = rest.split_at(fitting.count().max(1));
         let last = Seq(first.0 + part.len() as u64 - 1);
         parts.push(LogSlice { first, last, chain_before, body: encode_run(part).into() });
-        (first, chain_before, rest) = (Seq(last.0 + 1), chain_over(chain_before, part), later);
+        (first, chain_before, rest) = (Seq(last.0 + 1), chain_before.after_all(part), later);
     }
     parts
 }

@@ -19,6 +19,8 @@ mod network;
 mod plan;
 mod planted;
 mod region;
+#[allow(dead_code, reason = "the other tests use more of it")]
+#[path = "../convergence/rng.rs"]
 mod rng;
 mod settle;
 mod trace;

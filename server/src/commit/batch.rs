@@ -171,7 +171,7 @@ fn own_run(
     if entries.is_empty() {
         return None;
     }
-    let chain = entries.iter().fold(log.chain, |chain, it| chain.after(&it.document, &it.content));
+    let chain = log.chain.after_all(&entries);
     Some(RunAppend {
         origin: origin.id,
         writer: Writer::Own { incarnation: origin.incarnation },

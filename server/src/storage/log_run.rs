@@ -12,9 +12,6 @@ use super::{Batch, RunAppend, StorageError, StoredRun, Writer};
 /// How many runs a search for a deleted document's changes looks at in one step.
 pub(super) const RUNS_SEARCHED_MAX: i64 = 256;
 
-/// The kind of a section of changes in a body.
-const KIND_CHANGES: u8 = 0;
-
 /// Stored runs that do not follow each other, or do not end where the counter stands: the database is damaged.
 #[derive(Debug, thiserror::Error)]
 #[error("the log has a hole: after {after:?} comes a run of {first:?}..={last:?}")]
@@ -140,20 +137,12 @@ fn is_stored(runs: &[RunAppend], found: &[Option<FoundCounter>]) -> bool {
     })
 }
 
-/// What a body holds wherever it holds changes of `document`: the beginning of a section. It may stand elsewhere by
-/// chance.
-pub(super) fn needle(document: &DocumentId) -> Vec<u8> {
-    let id = document.as_bytes();
-    let id_bytes = u8::try_from(id.len()).expect("a document id is at most 64 bytes");
-    [&[KIND_CHANGES, id_bytes], id].concat()
-}
-
 /// A run's body without the changes of `documents`; `None` if it holds none of them (clause 12).
 pub(super) fn erase(body: &Bytes, documents: &[&DocumentId]) -> Result<Option<Bytes>, StorageError> {
     let mut erased: Option<Bytes> = None;
     for document in documents {
         let current = erased.as_ref().unwrap_or(body);
-        let needle = needle(document);
+        let needle = log::changes_head(document);
         if !current.windows(needle.len()).any(|window| window == needle) {
             continue;
         }

@@ -9,7 +9,7 @@ use isobar::storage::{DocumentState, Storage, StorageError};
 use isobar_protocol::config::Limits;
 use isobar_protocol::ids::{ChangeHash, DocumentId, OriginId, PlacementGroup, RegionName, Seq};
 use isobar_protocol::log::{Chain, Content, Entry, decode_run, encode_run, open_run};
-use isobar_protocol::replica::{LinkId, ReceivedRun, Stored};
+use isobar_protocol::replica::{ReceivedRun, Stored};
 use uuid::Uuid;
 
 use crate::support::{Client, FaultyStorage, Node, document_id, eventually, in_time, number, put};
@@ -31,9 +31,8 @@ impl Remote {
         let first = Seq(self.last.0 + 1);
         let chain_before = self.chain;
         self.last = Seq(self.last.0 + entries.len() as u64);
-        self.chain = entries.iter().fold(self.chain, |chain, it| chain.after(&it.document, &it.content));
+        self.chain = self.chain.after_all(&entries);
         ReceivedRun {
-            link: LinkId(1),
             origin: self.origin,
             region: RegionName::new("far").unwrap(),
             group: PlacementGroup::new("default").unwrap(),

@@ -7,11 +7,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use isobar_protocol::ids::DocumentId;
+use isobar_protocol::log::changes_head;
 use sqlx::postgres::PgConnection;
 
 use super::failed;
 use crate::storage::failure::clamped;
-use crate::storage::log_run::{RUNS_SEARCHED_MAX, erase, needle};
+use crate::storage::log_run::{RUNS_SEARCHED_MAX, erase};
 use crate::storage::{Deletion, StorageError, schema};
 
 /// The runs of `$1` that end after `$2`, and whether they may hold changes of a document.
@@ -65,7 +66,7 @@ impl Seen {
             let page: Vec<(i64, bool)> = sqlx::query_as(SEARCH)
                 .bind(origin)
                 .bind(after)
-                .bind(needle(document))
+                .bind(changes_head(document))
                 .bind(RUNS_SEARCHED_MAX)
                 .fetch_all(&mut *connection)
                 .await?;

@@ -275,7 +275,7 @@ pub async fn append(storage: &impl Storage, document: &DocumentId, changes: Vec<
         first: Seq(origin.last_seq.0 + 1),
         last: Seq(origin.last_seq.0 + entries.len() as u64),
         chain_before: origin.chain,
-        chain: entries.iter().fold(origin.chain, |chain, it| chain.after(&it.document, &it.content)),
+        chain: origin.chain.after_all(&entries),
         body: encode_run(&entries).into(),
     };
     let changes = (run.first.0..).map(Seq).zip(changes).collect();
