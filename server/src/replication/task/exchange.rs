@@ -18,8 +18,9 @@ use isobar_protocol::link::{LinkFrame, Standing};
 use isobar_protocol::replica::LinkId;
 use tokio::sync::oneshot;
 
-use super::{Event, SearchOutcome, Task, snapshot};
+use super::Task;
 use crate::outbox::Ephemeral;
+use crate::replication::{Event, SearchOutcome, snapshot};
 
 /// How long regions are given to say whether they have a document.
 const FIND_PATIENCE: Duration = Duration::from_millis(1_500);

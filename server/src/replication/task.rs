@@ -1,0 +1,225 @@
+//! The task that owns the replica: turns events into its calls, and keeps what is seen from outside up to date.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use isobar_protocol::ids::{OriginId, RegionName, Seq};
+use isobar_protocol::link::{LinkFrame, Progress};
+use isobar_protocol::replica::{LinkId, LinkStatus, Moment, Peer, Replica};
+use tokio::sync::{mpsc, oneshot};
+
+use super::outgoing::Outgoing;
+use super::{Event, Parts, SearchOutcome, Shared, View};
+use crate::commit::OwnProgress;
+use crate::storage::Acknowledgement;
+
+mod effects;
+mod exchange;
+
+use exchange::Exchange;
+
+/// How often the replica is told that time has passed.
+const TICK: Duration = Duration::from_millis(10);
+
+/// How often interests, metrics and acknowledgements are looked after.
+const UPKEEP: Duration = Duration::from_millis(500);
+
+/// A link that is up, as the task sees it.
+struct Up {
+    peer: Peer,
+    /// Whether the region whose name comes first dialled it: of two links between the same regions that one stays.
+    dialled_by_first: bool,
+    outgoing: Arc<Outgoing>,
+}
+
+/// The task. See the module.
+pub(super) struct Task {
+    replica: Replica,
+    parts: Parts,
+    shared: Arc<Shared>,
+    events: mpsc::WeakSender<Event>,
+    links: HashMap<LinkId, Up>,
+    exchange: Exchange,
+    /// Ends when the last run of an origin has taken its place in the queue to the log.
+    last_placed: HashMap<OriginId, oneshot::Receiver<()>>,
+    /// Acknowledgements that are not noted in the database yet.
+    unnoted: HashMap<(RegionName, OriginId), Seq>,
+    started: Instant,
+}
+
+impl Task {
+    pub(super) fn new(
+        replica: Replica,
+        parts: Parts,
+        shared: Arc<Shared>,
+        events: &mpsc::Sender<Event>,
+    ) -> Self {
+        Self {
+            replica,
+            parts,
+            shared,
+            events: events.downgrade(),
+            links: HashMap::new(),
+            exchange: Exchange::default(),
+            last_placed: HashMap::new(),
+            unnoted: HashMap::new(),
+            started: Instant::now(),
+        }
+    }
+
+    fn now(&self) -> Moment {
+        Moment(self.started.elapsed().as_millis() as u64)
+    }
+
+    pub(super) async fn run(mut self, mut queue: mpsc::Receiver<Event>) {
+        let mut progress = self.parts.committer.progress();
+        progress.mark_changed();
+        let mut ticks = tokio::time::interval(TICK);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+        let mut upkeep = tokio::time::interval(UPKEEP);
+        upkeep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+        loop {
+            tokio::select! {
+                event = queue.recv() => match event {
+                    Some(event) => self.handle(event),
+                    None => return,
+                },
+                Ok(()) = progress.changed() => {
+                    let now = self.now();
+                    let own = progress.borrow_and_update().clone();
+                    let region = self.replica.region().clone();
+                    own.into_iter().for_each(|own| {
+                        let OwnProgress { origin, group, seq, chain } = own;
+                        let progress = Progress { origin, region: region.clone(), group, seq, chain };
+                        self.replica.own_appended(now, progress);
+                    });
+                }
+                _ = ticks.tick(), if !self.links.is_empty() => self.replica.tick(self.now()),
+                _ = upkeep.tick() => self.look_after(),
+            }
+            self.perform_all();
+        }
+    }
+
+    fn handle(&mut self, event: Event) {
+        let now = self.now();
+        match event {
+            Event::Opened { link, peer, dialled_here, outgoing, kept } => {
+                let keep = self.open(link, peer, dialled_here, outgoing);
+                let _ = kept.send(keep);
+            }
+            Event::Closed { link } => self.closed(link),
+            Event::Frame { link, frame } => self.receive(link, frame),
+            Event::LogRead { link, origin, after, read } => {
+                self.replica.log_read(now, link, origin, after, read);
+            }
+            Event::Stored { origin, last, outcome } => self.replica.stored(now, origin, last, outcome),
+            Event::PageRead { link, page } => self.replica.page_read(now, link, page),
+            Event::PageStored => self.replica.page_stored(now),
+            Event::Adopted { origins } => self.replica.adopted(now, &origins),
+            Event::Search { document, group, found } => self.search(document, group, found),
+            Event::Reply { link, frame } => self.send(link, frame),
+            Event::Fetched { request } => self.exchange.settle(request, &SearchOutcome::Found),
+            Event::Presence(message) => self.relay_presence(&message),
+        }
+    }
+
+    /// Takes a link up, unless there is one to that region which goes before it.
+    fn open(&mut self, link: LinkId, peer: Peer, dialled_here: bool, outgoing: Arc<Outgoing>) -> bool {
+        let dialled_by_first = dialled_here == (*self.replica.region() < peer.region);
+        let previous = self.shared.linked.lock().get(&peer.region).copied();
+        if let Some(previous) = previous {
+            // Another process of the region means that the one of the link is gone, whether or not that was noticed.
+            let stays = self
+                .links
+                .get(&previous)
+                .is_some_and(|it| it.dialled_by_first && !dialled_by_first && it.peer.node == peer.node);
+            if stays {
+                return false;
+            }
+            self.close(previous, "another link to this region took its place");
+        }
+        tracing::info!(region = %peer.region, "region linked");
+        self.parts.metrics.linked(&peer.region, true);
+        self.shared.linked.lock().insert(peer.region.clone(), link);
+        self.shared.known.lock().insert(peer.region.clone(), peer.clone());
+        self.shared.heard.lock().insert(peer.region.clone(), Instant::now());
+        self.replica.link_opened(self.now(), link, peer.clone());
+        self.links.insert(link, Up { peer, dialled_by_first, outgoing });
+        self.offer_interests(link);
+        self.offer_searches(link);
+        true
+    }
+
+    fn close(&mut self, link: LinkId, reason: &str) {
+        if let Some(up) = self.links.get(&link) {
+            tracing::info!(region = %up.peer.region, reason, "link closed");
+            up.outgoing.push(LinkFrame::Failed { message: reason.to_owned() });
+            up.outgoing.close();
+        }
+        self.closed(link);
+    }
+
+    fn closed(&mut self, link: LinkId) {
+        let Some(up) = self.links.remove(&link) else { return };
+        up.outgoing.close();
+        let mut linked = self.shared.linked.lock();
+        if linked.get(&up.peer.region) == Some(&link) {
+            linked.remove(&up.peer.region);
+            tracing::warn!(region = %up.peer.region, "region not linked any more");
+            self.parts.metrics.linked(&up.peer.region, false);
+        }
+        drop(linked);
+        self.exchange.link_closed(link);
+        self.replica.link_closed(self.now(), link);
+    }
+
+    fn receive(&mut self, link: LinkId, frame: LinkFrame) {
+        let Some(up) = self.links.get(&link) else { return };
+        if let LinkFrame::Failed { message } = &frame {
+            tracing::warn!(region = %up.peer.region, message, "region ended the link");
+            return self.closed(link);
+        }
+        if let Some(frame) = self.receive_exchange(link, frame) {
+            self.replica.receive(self.now(), link, frame);
+        }
+    }
+
+    fn send(&self, link: LinkId, frame: LinkFrame) {
+        if let Some(up) = self.links.get(&link) {
+            up.outgoing.push(frame);
+        }
+    }
+
+    fn look_after(&mut self) {
+        self.refresh_interests();
+        self.exchange.expire();
+        let links: Vec<LinkStatus> = self.replica.links().collect();
+        let waiting: usize = self.links.values().map(|up| up.outgoing.len()).sum();
+        self.parts.metrics.link_frames_waiting.set(waiting as f64);
+        for status in &links {
+            self.parts.metrics.link(status);
+            self.shared.heard.lock().insert(status.region.clone(), Instant::now());
+        }
+        let forked = self.replica.forked().collect();
+        *self.shared.view.lock() = View { vector: self.replica.vector(), links, forked };
+        self.note_acknowledgements();
+    }
+
+    fn note_acknowledgements(&mut self) {
+        if self.unnoted.is_empty() {
+            return;
+        }
+        let news = self.unnoted.drain();
+        let news: Vec<Acknowledgement> =
+            news.map(|((region, origin), seq)| Acknowledgement { region, origin, seq }).collect();
+        let storage = self.parts.storage.clone();
+        tokio::spawn(async move {
+            // What is lost here is said again by the peer's next announcement, or after its next connection.
+            if let Err(error) = storage.note_acknowledgements(&news).await {
+                tracing::warn!(%error, "acknowledgements not noted");
+            }
+        });
+    }
+}

@@ -1,0 +1,119 @@
+//! Performing what the replica decides. What takes time is done in tasks of its own, which report back as events.
+
+use isobar_protocol::ids::{OriginId, Seq};
+use isobar_protocol::replica::{Effect, LinkId, LogRead, LogSlice, ReceivedRun};
+use tokio::sync::oneshot;
+
+use super::Task;
+use crate::replication::{Event, snapshot};
+use crate::storage::{StorageError, StoredRun};
+
+impl Task {
+    /// Performs effects until there are none: some are answered at once, which makes more.
+    pub(super) fn perform_all(&mut self) {
+        loop {
+            let effects = self.replica.effects();
+            if effects.is_empty() {
+                return;
+            }
+            effects.into_iter().for_each(|effect| self.perform(effect));
+        }
+    }
+
+    fn perform(&mut self, effect: Effect) {
+        match effect {
+            Effect::Send { link, frame } => self.send(link, frame),
+            Effect::Close { link, reason } => self.close(link, reason),
+            Effect::ReadLog { link, origin, after, bytes_max } => {
+                self.read_log(link, origin, after, bytes_max);
+            }
+            Effect::Append(run) => self.append(*run),
+            Effect::ReadPage { link, after, groups } => {
+                let parts = self.parts.clone();
+                self.spawn(async move {
+                    let page = snapshot::read_page(&parts, after, &groups).await;
+                    Event::PageRead { link, page }
+                });
+            }
+            Effect::StorePage { documents } => {
+                let parts = self.parts.clone();
+                self.spawn(async move {
+                    snapshot::store_page(&parts, documents).await;
+                    Event::PageStored
+                });
+            }
+            Effect::AdoptOrigins { origins } => {
+                let parts = self.parts.clone();
+                self.spawn(async move {
+                    snapshot::adopt(&parts, &origins).await;
+                    Event::Adopted { origins }
+                });
+            }
+            Effect::Acknowledged { region, origin, seq } => {
+                self.shared.acknowledged.lock().insert((region.clone(), origin), seq);
+                self.unnoted.insert((region, origin), seq);
+            }
+            Effect::OriginForked { origin, region, seq } => {
+                self.parts.metrics.origins_forked.increment(1);
+                tracing::error!(origin = %origin.0, %region, seq = seq.0,
+                    "two logs exist under one origin, it is not replicated any more");
+            }
+            Effect::OwnOriginLost { origin } => {
+                let reason =
+                    format!("the database has lost entries of origin {} that were durable", origin.0);
+                self.shared
+                    .fatal
+                    .send_if_modified(|fatal| fatal.is_none() && fatal.replace(reason).is_none());
+            }
+        }
+    }
+
+    /// Runs something beside, and takes its outcome as an event.
+    pub(super) fn spawn(&self, work: impl Future<Output = Event> + Send + 'static) {
+        let Some(events) = self.events.upgrade() else { return };
+        tokio::spawn(async move {
+            let event = work.await;
+            let _ = events.send(event).await;
+        });
+    }
+
+    fn read_log(&mut self, link: LinkId, origin: OriginId, after: Seq, bytes_max: usize) {
+        if let Some(runs) = self.parts.committer.recent_log().read(origin, after, bytes_max) {
+            let read = LogRead::Runs(runs.into_iter().map(slice).collect());
+            return self.replica.log_read(self.now(), link, origin, after, read);
+        }
+        let storage = self.parts.storage.clone();
+        self.spawn(async move {
+            let read = match storage.read_log(origin, after, bytes_max).await {
+                Ok(runs) => LogRead::Runs(runs.into_iter().map(slice).collect()),
+                Err(StorageError::Truncated { floor }) => LogRead::Truncated { floor },
+                Err(error) => {
+                    tracing::warn!(%error, "log not read");
+                    LogRead::Failed
+                }
+            };
+            Event::LogRead { link, origin, after, read }
+        });
+    }
+
+    /// Hands a run to the documents and the committer. Runs of an origin take their places in the queue one after the
+    /// other; waiting for the commit they do together.
+    fn append(&mut self, run: ReceivedRun) {
+        let (origin, last) = (run.origin, run.last);
+        let (placed, is_placed) = oneshot::channel();
+        let previous = self.last_placed.insert(origin, is_placed);
+        let parts = self.parts.clone();
+        self.spawn(async move {
+            if let Some(previous) = previous {
+                let _ = previous.await;
+            }
+            let stored = parts.documents.apply(run, &parts.committer).await;
+            let _ = placed.send(());
+            Event::Stored { origin, last, outcome: stored.await }
+        });
+    }
+}
+
+fn slice(run: StoredRun) -> LogSlice {
+    LogSlice { first: run.first, last: run.last, chain_before: run.chain_before, body: run.body }
+}
