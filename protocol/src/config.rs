@@ -145,6 +145,9 @@ pub const SNAPSHOT_PAGE_DOCUMENTS_MAX: usize = 4_096;
 /// busy node; more go in several frames.
 pub const INTEREST_DOCUMENTS_MAX: usize = 10_000;
 
+/// How long presence of a document is still wanted after its last session has left, in milliseconds.
+pub const INTEREST_LINGER_MS: u64 = 30_000;
+
 /// Most bytes of one ephemeral message between regions. Cursors and selections take hundreds; it is sent again to
 /// every session that looks at the document, and it is not what a document's data is for.
 pub const PRESENCE_DATA_BYTES_MAX: usize = 64 << 10;

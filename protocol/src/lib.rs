@@ -16,6 +16,7 @@ mod columns;
 pub mod config;
 pub mod graph;
 pub mod ids;
+pub mod interest;
 mod leb128;
 pub mod link;
 pub mod log;

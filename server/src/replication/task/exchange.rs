@@ -1,8 +1,8 @@
 //! What regions ask each other beside the log: where a document is, all of one, presence.
 //!
 //! A search asks every linked region whether it has a document that is not here, and fetches it from the first that does:
-//! its log entries may stand behind a backlog. Presence goes only to regions that have sessions in a document, and is never
-//! passed on, so it cannot go round in circles.
+//! its log entries may stand behind a backlog. Which regions get a document's presence is the core's to say
+//! ([`isobar_protocol::interest`]).
 //!
 //! Nothing of a placement group goes to a region outside of it, nor is it taken from one: not contents, not presence, not ids of
 //! documents whose group is known here. Of a document that is asked for by its id, the asker is only told that it is elsewhere,
@@ -10,10 +10,12 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use isobar_protocol::config::{ELSEWHERE_URLS_MAX, INTEREST_DOCUMENTS_MAX, PRESENCE_DATA_BYTES_MAX};
+use isobar_protocol::config::{ELSEWHERE_URLS_MAX, PRESENCE_DATA_BYTES_MAX};
 use isobar_protocol::ids::{DocumentId, PlacementGroup};
+use isobar_protocol::interest::Interests;
 use isobar_protocol::link::{LinkFrame, Standing};
 use isobar_protocol::replica::LinkId;
 use tokio::sync::oneshot;
@@ -30,9 +32,6 @@ const FETCH_PATIENCE: Duration = Duration::from_secs(15);
 
 /// Searches at the same time. More are answered with "not found": the document is sent when its log entries come.
 const SEARCHES_MAX: usize = 1_024;
-
-/// How long presence of a document is still wanted after its last session has left.
-const LINGER: Duration = Duration::from_secs(30);
 
 /// A document that is looked for.
 struct Search {
@@ -58,22 +57,12 @@ impl Search {
     }
 }
 
-/// Presence that is wanted here.
-struct Wanted {
-    group: PlacementGroup,
-    /// Since when there is no session any more, if there is none.
-    since: Option<Instant>,
-}
-
 /// See the module.
 #[derive(Default)]
 pub(super) struct Exchange {
     next_request: u64,
     searches: HashMap<u64, Search>,
-    /// Documents of which presence is wanted here.
-    wanted: HashMap<DocumentId, Wanted>,
-    /// Regions that want presence, by document.
-    wanted_by: HashMap<DocumentId, HashSet<LinkId>>,
+    interests: Interests,
 }
 
 impl Exchange {
@@ -103,10 +92,7 @@ impl Exchange {
     }
 
     pub(super) fn link_closed(&mut self, link: LinkId) {
-        self.wanted_by.retain(|_, links| {
-            links.remove(&link);
-            !links.is_empty()
-        });
+        self.interests.link_closed(link);
         // Nothing is given up here: another link to the region may be about to take the place of this one.
         for search in self.searches.values_mut() {
             search.asked.remove(&link);
@@ -142,7 +128,8 @@ impl Task {
 
     fn receive_presence(&self, link: LinkId, message: Ephemeral) {
         let Some(document) = self.parts.documents.resident(&message.document) else { return };
-        if document.settled_group().is_some_and(|group| self.is_member(link, &group)) {
+        let interests = &self.exchange.interests;
+        if document.settled_group().is_some_and(|group| interests.is_welcome(link, &group)) {
             let dropped = document.relay(None, &Arc::new(message)).unwrap_or(0);
             self.parts.metrics.lossy_dropped.increment(dropped);
         }
@@ -260,40 +247,12 @@ impl Task {
         });
     }
 
-    /// Compares what sessions have open with what other regions were told, and tells them what has changed.
+    /// Tells the other regions what sessions have opened, and what none has open any more.
     pub(super) fn refresh_interests(&mut self) {
-        if self.links.is_empty() {
-            return;
-        }
-        let now = Instant::now();
-        let open: HashMap<DocumentId, PlacementGroup> =
-            self.parts.documents.subscribed().into_iter().take(INTEREST_DOCUMENTS_MAX).collect();
-        let wanted = &mut self.exchange.wanted;
-        let mut remove = Vec::new();
-        wanted.retain(|document, wanted| {
-            wanted.since = if open.contains_key(document) { None } else { wanted.since.or(Some(now)) };
-            let keep = wanted.since.is_none_or(|since| now.duration_since(since) < LINGER);
-            if !keep {
-                remove.push((document.clone(), wanted.group.clone()));
-            }
-            keep
-        });
-        let add: Vec<(DocumentId, PlacementGroup)> =
-            open.into_iter().filter(|(document, _)| !wanted.contains_key(document)).collect();
-        wanted.extend(
-            add.iter()
-                .map(|(document, group)| (document.clone(), Wanted { group: group.clone(), since: None })),
-        );
-        for (link, up) in &self.links {
-            let for_peer = |all: &[(DocumentId, PlacementGroup)]| -> Vec<DocumentId> {
-                let theirs = all.iter().filter(|(_, group)| up.peer.groups.contains(group));
-                theirs.map(|(document, _)| document.clone()).collect()
-            };
-            let (add, remove) = (for_peer(&add), for_peer(&remove));
-            if !add.is_empty() || !remove.is_empty() {
-                self.send(*link, LinkFrame::Interest { add, remove });
-            }
-        }
+        let open = self.parts.documents.subscribed();
+        let now = self.now();
+        let news = self.exchange.interests.refresh(now, open);
+        news.into_iter().for_each(|(link, frame)| self.send(link, frame));
     }
 
     /// Has a new link's region take part in the searches that are under way.
@@ -311,40 +270,29 @@ impl Task {
 
     /// Tells a new link of all that is wanted of its groups.
     pub(super) fn offer_interests(&mut self, link: LinkId) {
-        let wanted = self.exchange.wanted.iter().filter(|(_, it)| self.is_member(link, &it.group));
-        let add = wanted.map(|(document, _)| document.clone()).take(INTEREST_DOCUMENTS_MAX).collect();
-        self.send(link, LinkFrame::Interest { add, remove: Vec::new() });
+        let Some(up) = self.links.get(&link) else { return };
+        let frame = self.exchange.interests.link_opened(link, up.peer.groups.clone());
+        self.send(link, frame);
     }
 
     fn note_interest(&mut self, link: LinkId, add: Vec<DocumentId>, remove: &[DocumentId]) {
-        let wanted_by = &mut self.exchange.wanted_by;
-        for document in add {
-            if wanted_by.len() < INTEREST_DOCUMENTS_MAX || wanted_by.contains_key(&document) {
-                wanted_by.entry(document).or_default().insert(link);
-            }
-        }
-        for document in remove {
-            if let Some(links) = wanted_by.get_mut(document) {
-                links.remove(&link);
-                if links.is_empty() {
-                    wanted_by.remove(document);
-                }
-            }
-        }
-        let wanted = !wanted_by.is_empty();
-        self.shared.presence_wanted.store(wanted, std::sync::atomic::Ordering::Relaxed);
+        self.exchange.interests.received(link, add, remove);
+        self.note_whether_presence_is_wanted();
+    }
+
+    fn note_whether_presence_is_wanted(&self) {
+        let wanted = self.exchange.interests.is_anything_wanted();
+        self.shared.presence_wanted.store(wanted, Ordering::Relaxed);
     }
 
     pub(super) fn relay_presence(&self, message: &Ephemeral) {
-        let Some(links) = self.exchange.wanted_by.get(&message.document) else { return };
-        // Whoever said that it wants the document need not be of its group.
         let document = self.parts.documents.resident(&message.document);
         let Some(group) = document.and_then(|document| document.settled_group()) else { return };
         if message.data.len() > PRESENCE_DATA_BYTES_MAX {
             return self.parts.metrics.lossy_dropped.increment(1);
         }
-        let members = links.iter().filter_map(|link| self.links.get(link));
-        for up in members.filter(|up| up.peer.groups.contains(&group)) {
+        let recipients = self.exchange.interests.recipients(&message.document, &group);
+        for up in recipients.filter_map(|link| self.links.get(&link)) {
             let dropped = up.outgoing.push_presence(LinkFrame::Presence {
                 document: message.document.clone(),
                 sender: message.sender.clone(),
