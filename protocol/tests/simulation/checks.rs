@@ -49,6 +49,15 @@ impl World {
                     }
                 }
             }
+            LinkFrame::Interest { add, remove } => {
+                for document in add.iter().chain(remove) {
+                    let group = self.group_of(document);
+                    self.check_residency(at, to, document, &group);
+                }
+            }
+            LinkFrame::Presence { document, sender, .. } => {
+                self.check_presence_frame(at, to, document, sender);
+            }
             _ => {}
         }
         let carries = matches!(
@@ -113,7 +122,7 @@ impl World {
         }
     }
 
-    fn check_residency(&mut self, at: usize, to: usize, document: &DocumentId, group: &PlacementGroup) {
+    pub fn check_residency(&mut self, at: usize, to: usize, document: &DocumentId, group: &PlacementGroup) {
         if !self.regions[to].groups.contains(group) || *group != self.group_of(document) {
             self.violate(Invariant::Residency, || format!("r{at} sends {document:?} of {group} to r{to}"));
         }

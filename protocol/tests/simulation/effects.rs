@@ -99,7 +99,7 @@ impl World {
         }
     }
 
-    fn connection_of(&self, at: usize, link: LinkId) -> Option<(usize, usize)> {
+    pub fn connection_of(&self, at: usize, link: LinkId) -> Option<(usize, usize)> {
         self.regions[at].node.as_ref()?.links.get(&link).copied()
     }
 

@@ -23,6 +23,8 @@ pub enum Invariant {
     Residency,
     Bounded,
     Convergence,
+    /// It reaches those who want it and may have it, from where it was said.
+    Presence,
     /// After all is settled, no entry and no document is sent any more.
     Silence,
     /// The core's own assertions.

@@ -18,6 +18,7 @@ mod ledger;
 mod network;
 mod plan;
 mod planted;
+mod presence;
 mod region;
 #[allow(dead_code, reason = "the other tests use more of it")]
 #[path = "../convergence/rng.rs"]
@@ -42,7 +43,7 @@ const SEEDS: u64 = 200;
 const TRACE_LINES: usize = 120;
 
 /// What every 200 schedules must have met, so that passing means something.
-const REACHED: [&str; 16] = [
+const REACHED: [&str; 18] = [
     "acknowledged",
     "adoptions",
     "clones",
@@ -51,8 +52,10 @@ const REACHED: [&str; 16] = [
     "cuts",
     "deleted documents",
     "joins with a copy",
+    "lookings away",
     "pages",
     "pending",
+    "presence",
     "quarantined documents",
     "replays",
     "resets",

@@ -88,6 +88,12 @@ pub enum Planted {
     KeepDeletedBytes,
     /// Nothing is reported about runs that were stored.
     ForgetToReport,
+    /// Presence goes over every link.
+    PresenceToAll,
+    /// Presence that came from another region is passed on.
+    PassPresenceOn,
+    /// New links are not told of what was wanted before.
+    ForgetInterests,
 }
 
 /// See the module.

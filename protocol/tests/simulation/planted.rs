@@ -122,3 +122,18 @@ fn bytes_of_deleted_documents_in_the_log_are_noticed() {
 fn a_run_that_is_never_reported_as_stored_is_noticed() {
     must_be_noticed(Planted::ForgetToReport, &[Invariant::Convergence]);
 }
+
+#[test]
+fn presence_that_goes_everywhere_is_noticed() {
+    must_be_noticed(Planted::PresenceToAll, &[Invariant::Presence, Invariant::Residency]);
+}
+
+#[test]
+fn presence_that_is_passed_on_is_noticed() {
+    must_be_noticed(Planted::PassPresenceOn, &[Invariant::Presence]);
+}
+
+#[test]
+fn interests_that_a_new_link_is_not_told_of_are_noticed() {
+    must_be_noticed(Planted::ForgetInterests, &[Invariant::Presence]);
+}

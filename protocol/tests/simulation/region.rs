@@ -6,6 +6,7 @@ use std::sync::Arc;
 use isobar_protocol::config::Limits;
 use isobar_protocol::graph::Graph;
 use isobar_protocol::ids::{ChangeHash, DocumentId, OriginId, PlacementGroup, RegionName, StorageId};
+use isobar_protocol::interest::Interests;
 use isobar_protocol::link::handshake::NodeId;
 use isobar_protocol::link::{DocumentContents, Progress};
 use isobar_protocol::log::Opened;
@@ -60,6 +61,13 @@ pub struct Node {
     pub links: BTreeMap<LinkId, (usize, usize)>,
     /// Log reads that are under way, by link.
     pub reads: BTreeMap<LinkId, usize>,
+    pub interests: Interests,
+    pub refreshed_at: Moment,
+    /// Documents that sessions have open, and those that any had.
+    pub open: BTreeMap<DocumentId, PlacementGroup>,
+    pub opened: BTreeSet<DocumentId>,
+    /// Numbers of what was said in other regions.
+    pub heard: BTreeSet<u64>,
 }
 
 /// What waits for a commit.
@@ -132,6 +140,11 @@ impl Node {
             effects: VecDeque::new(),
             links: BTreeMap::new(),
             reads: BTreeMap::new(),
+            interests: Interests::default(),
+            refreshed_at: Moment(0),
+            open: BTreeMap::new(),
+            opened: BTreeSet::new(),
+            heard: BTreeSet::new(),
         }
     }
 

@@ -47,6 +47,8 @@ impl World {
             self.audit();
             self.check_convergence();
             self.check_promises();
+            self.silent = false;
+            self.check_presence();
         }
         match self.violation {
             Some(violation) => Err(violation),

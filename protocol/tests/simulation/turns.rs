@@ -33,6 +33,9 @@ impl World {
             .map(|(id, _)| id.clone())
             .collect();
         let Some(document) = self.rng.pick(&within).cloned() else { return };
+        if self.rng.chance(30) {
+            self.be_present(at, &document);
+        }
         match self.rng.below(10) {
             _ if self.calm => {
                 self.take(client, at, &document);

@@ -78,6 +78,9 @@ impl World {
         let node = self.regions[ends[side]].node.as_mut().expect("it was there a moment ago");
         node.links.insert(link, (connection, side));
         self.call(ends[side], |replica, now| replica.link_opened(now, link, peer));
+        if self.connections[connection].open[side] {
+            self.offer_interests(ends[side], link, ends[1 - side]);
+        }
     }
 
     /// A side learns that its link is gone.
@@ -90,6 +93,7 @@ impl World {
         if let Some(node) = &mut self.regions[region].node {
             node.links.remove(&link);
             node.reads.remove(&link);
+            node.interests.link_closed(link);
         }
         self.call(region, |replica, now| replica.link_closed(now, link));
         if side == 0 {
@@ -130,7 +134,9 @@ impl World {
         let (pair, sender, receiver, link) = (*pair, ends[from], ends[1 - from], links[1 - from]);
         self.remember(pair, from, [sender, receiver], &frame);
         self.count("frames");
-        self.call(receiver, |replica, now| replica.receive(now, link, frame));
+        if let Some(frame) = self.receive_presence(receiver, link, frame) {
+            self.call(receiver, |replica, now| replica.receive(now, link, frame));
+        }
     }
 
     /// Keeps a frame that may be received again: not those that only make sense once, as a link is in order.

@@ -123,6 +123,8 @@ pub struct World {
     pub ledger: Ledger,
     pub violation: Option<Violation>,
     pub tally: Tally,
+    /// Counts what sessions said.
+    pub said: u64,
     links: u64,
 }
 
@@ -149,6 +151,7 @@ impl World {
             ledger: Ledger::default(),
             violation: None,
             tally: Tally::new(),
+            said: 0,
             links: 0,
             plan,
         };
@@ -275,6 +278,9 @@ impl World {
             Event::Tick(region, life) => {
                 if self.lives(region, life) {
                     self.call(region, |replica, now| replica.tick(now));
+                    if self.lives(region, life) {
+                        self.refresh_interests(region);
+                    }
                     self.after(self.plan.tick_every_ms, Event::Tick(region, life));
                 }
             }
