@@ -20,7 +20,7 @@ use crate::http::{self, CountingListener, Traffic};
 use crate::materialise::Materialiser;
 use crate::node::{Node, Sessions};
 use crate::outbox::Closing;
-use crate::replication::{Parts, Replication};
+use crate::replication::{Parts, PeerTls, Replication};
 use crate::storage::{self, ClaimedOrigin, Storage, StorageError};
 use crate::telemetry::Metrics;
 
@@ -53,6 +53,8 @@ pub struct App {
 impl App {
     /// Opens the database and starts a node on it. When this returns, its listeners accept.
     pub async fn start(settings: Settings) -> anyhow::Result<Self> {
+        // What is wrong with certificates is said before anything is made.
+        PeerTls::load(&settings)?;
         let storage = storage::open(&settings.database).await.context("the database cannot be opened")?;
         Self::start_with(settings, storage).await
     }

@@ -58,7 +58,7 @@ pub struct ServeArgs {
     pub insecure: bool,
 
     /// Another region to exchange changes with; give it once for each: ws://HOST:PORT, or dns://NAME:PORT
-    /// for every address of a DNS name. Needs a cluster key
+    /// for every address of a DNS name; with TLS wss://HOST:PORT, or dns+wss://NAME:PORT. Needs a cluster key
     #[arg(long = "peer", value_name = "URL")]
     pub peers: Vec<String>,
 
@@ -66,6 +66,20 @@ pub struct ServeArgs {
     /// [default: 127.0.0.1:4401]
     #[arg(long, value_name = "ADDRESS")]
     pub peer_listen: Option<SocketAddr>,
+
+    /// Certificate of this node for other regions, PEM, with those of the authorities between: the peer listener speaks
+    /// TLS then, and nothing else
+    #[arg(long, value_name = "FILE")]
+    pub peer_tls_cert: Option<PathBuf>,
+
+    /// The private key of that certificate, PEM, without a password
+    #[arg(long, value_name = "FILE")]
+    pub peer_tls_key: Option<PathBuf>,
+
+    /// Certificates of the authorities that peers' certificates have to come from, PEM; the peer listener demands one from
+    /// everybody then [default: the system's authorities for peers that are dialled, and no demand]
+    #[arg(long, value_name = "FILE")]
+    pub peer_tls_ca: Option<PathBuf>,
 
     /// Where clients reach this region, as clients of other regions are told: ws://HOST:PORT or wss://HOST
     #[arg(long, value_name = "URL")]
@@ -112,6 +126,10 @@ pub struct Settings {
     pub cluster_key_file: Option<PathBuf>,
     #[serde(skip)]
     pub cluster_key: Option<ClusterKey>,
+    /// The certificate for links, its key, and the authorities of peers; see `replication::PeerTls`.
+    pub peer_tls_cert: Option<PathBuf>,
+    pub peer_tls_key: Option<PathBuf>,
+    pub peer_tls_ca: Option<PathBuf>,
     pub groups: Groups,
     /// How long log entries are kept after every region has acknowledged them.
     pub log_keep_hours: u64,
@@ -215,6 +233,13 @@ impl Settings {
         if self.peers.len() > PEERS_MAX {
             bail!("there are {} peers, allowed are {PEERS_MAX}", self.peers.len());
         }
+        match (&self.peer_tls_cert, &self.peer_tls_key) {
+            (Some(_), None) => {
+                bail!("peer_tls_cert is set, but not peer_tls_key: a certificate is of no use without")
+            }
+            (None, Some(_)) => bail!("peer_tls_key is set, but not peer_tls_cert, which it belongs to"),
+            _ => {}
+        }
         if self.cluster_key.is_some() {
             return Ok(());
         }
@@ -296,7 +321,7 @@ fn defaults() -> Result<Builder, config::ConfigError> {
 }
 
 fn with_flags(builder: Builder, args: &ServeArgs) -> Result<Builder, config::ConfigError> {
-    let key_file = args.cluster_key_file.as_ref().map(|path| path.to_string_lossy().into_owned());
+    let path = |path: &Option<PathBuf>| path.as_ref().map(|path| path.to_string_lossy().into_owned());
     builder
         .set_override_option("region", args.region.clone())?
         .set_override_option("database", args.database.clone())?
@@ -307,7 +332,10 @@ fn with_flags(builder: Builder, args: &ServeArgs) -> Result<Builder, config::Con
         .set_override_option("peer_listen", args.peer_listen.map(|it| it.to_string()))?
         .set_override_option("advertise", args.advertise.clone())?
         .set_override_option("cluster_id", args.cluster_id.clone())?
-        .set_override_option("cluster_key_file", key_file)?
+        .set_override_option("cluster_key_file", path(&args.cluster_key_file))?
+        .set_override_option("peer_tls_cert", path(&args.peer_tls_cert))?
+        .set_override_option("peer_tls_key", path(&args.peer_tls_key))?
+        .set_override_option("peer_tls_ca", path(&args.peer_tls_ca))?
         .set_override_option("log", args.log.clone())?
         .set_override_option("log_format", args.log_format.clone())
 }
@@ -315,7 +343,7 @@ fn with_flags(builder: Builder, args: &ServeArgs) -> Result<Builder, config::Con
 /// The variables of our prefix that are settings. `ISOBAR_CONFIG` names the file, `ISOBAR_CLUSTER_KEY` is a secret that
 /// must not appear in messages about settings, and tests have names of their own.
 fn settings_in_environment() -> anyhow::Result<HashMap<String, String>> {
-    const NAMES: [&str; 22] = [
+    const NAMES: [&str; 25] = [
         "REGION",
         "DATABASE",
         "LISTEN",
@@ -328,6 +356,9 @@ fn settings_in_environment() -> anyhow::Result<HashMap<String, String>> {
         "ADVERTISE",
         "CLUSTER_ID",
         "CLUSTER_KEY_FILE",
+        "PEER_TLS_CERT",
+        "PEER_TLS_KEY",
+        "PEER_TLS_CA",
         "LOG_KEEP_HOURS",
         "CONNECTIONS_MAX",
         "CONNECTION_DOCUMENTS_MAX",

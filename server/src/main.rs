@@ -48,7 +48,8 @@ async fn serve(args: &ServeArgs) -> anyhow::Result<()> {
     println!("clients: ws://{}", app.client_address);
     println!("admin: http://{}", app.admin_address);
     if let Some(address) = app.peer_address {
-        println!("peers: ws://{address}");
+        let scheme = if app.node.settings.peer_tls_cert.is_some() { "wss" } else { "ws" };
+        println!("peers: {scheme}://{address}");
     }
     app.run_until(isobar::app::stop_signal()).await
 }

@@ -5,6 +5,7 @@
 //! time (reading the log, storing a run, reading a page) is done in tasks of its own, which report back as events.
 //!
 //! - [`dial`] keeps a link to each configured peer, [`accept`] takes the links that others open.
+//! - [`tls`] is how links are kept from others on the way.
 //! - [`task`] is that task; its `effects` perform what the replica decides, and its `exchange` answers and asks what is
 //!   not about the log: where a document is, presence.
 //! - [`snapshot`] reads and stores pages of documents.
@@ -21,6 +22,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use isobar_protocol::ids::{DocumentId, OriginId, PlacementGroup, RegionName, Seq};
+use isobar_protocol::link::handshake::Identity;
 use isobar_protocol::link::{LinkFrame, Progress};
 use isobar_protocol::replica::{LinkId, LinkStatus, LogRead, Peer, Replica, Stored};
 use parking_lot::Mutex;
@@ -39,6 +41,7 @@ mod link;
 mod outgoing;
 mod snapshot;
 mod task;
+mod tls;
 mod truncate;
 
 use outgoing::Outgoing;
@@ -46,6 +49,7 @@ use task::Task;
 
 pub use accept::accept_links;
 pub use dial::keep_links;
+pub use tls::PeerTls;
 
 /// Events that wait at most. A frame is at most some hundred kilobytes, unless it is a whole document.
 const EVENTS_MAX: usize = 256;
@@ -124,6 +128,13 @@ pub struct Known {
     pub peer: Peer,
     /// Whether a link to it is up.
     pub up: bool,
+}
+
+/// As whom this node links.
+#[derive(Clone)]
+pub struct Identities {
+    pub node: Arc<Identity>,
+    pub tls: Arc<PeerTls>,
 }
 
 /// What replication needs of the node.

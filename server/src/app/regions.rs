@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{cancellable, listen};
 use crate::config::Settings;
-use crate::replication::{Parts, Replication, accept_links, keep_links};
+use crate::replication::{Identities, Parts, PeerTls, Replication, accept_links, keep_links};
 
 /// What runs, and where; nothing if the node is to serve alone.
 #[derive(Default)]
@@ -30,6 +30,7 @@ impl Regions {
     ) -> anyhow::Result<Self> {
         let Some(address) = settings.peer_listener() else { return Ok(Self::default()) };
         let identity = Arc::new(identity(settings, storage_id)?);
+        let tls = Arc::new(PeerTls::load(settings)?);
         let listener = listen(address).await?;
         let address = listener.local_addr()?;
         let (storage, metrics) = (parts.storage.clone(), parts.metrics.clone());
@@ -38,11 +39,17 @@ impl Regions {
         let (replication, work) =
             Replication::new(hello.region.clone(), hello.groups.clone(), own, parts).await?;
         let spawn = |work| tokio::spawn(cancellable(stop.clone(), work));
-        let accept = accept_links(replication.clone(), identity.clone(), metrics.clone(), listener);
-        let keep = keep_links(replication.clone(), identity, metrics.clone(), settings.peers.clone());
+        let identities = Identities { node: identity, tls: tls.clone() };
+        let accept = accept_links(replication.clone(), identities.clone(), metrics.clone(), listener);
+        let keep = keep_links(replication.clone(), identities, metrics.clone(), settings.peers.clone());
         let truncate = replication.clone().truncate_logs(storage, metrics, settings.log_keep());
-        let tasks =
-            vec![spawn(boxed(work)), spawn(boxed(accept)), spawn(boxed(keep)), spawn(boxed(truncate))];
+        let tasks = vec![
+            spawn(boxed(work)),
+            spawn(boxed(accept)),
+            spawn(boxed(keep)),
+            spawn(boxed(truncate)),
+            spawn(boxed(tls.watch())),
+        ];
         Ok(Self { replication: Some(replication), address: Some(address), tasks })
     }
 }

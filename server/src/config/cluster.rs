@@ -13,6 +13,7 @@ use anyhow::{Context, bail};
 use axum::http::Uri;
 use isobar_protocol::ids::{PlacementGroup, RegionName};
 use serde::Deserialize;
+use tokio_rustls::rustls::pki_types::ServerName;
 
 /// The placement group of all regions: of every document whose creator named no other.
 pub const DEFAULT_GROUP: &str = "default";
@@ -98,16 +99,18 @@ impl fmt::Debug for ClusterKey {
 /// Where peers are.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum PeerAddress {
-    /// One peer: `ws://host:port`, as written.
+    /// One peer: `ws://host:port`, or `wss://host:port` with TLS, as written.
     WebSocket(String),
-    /// The peers at all addresses that a name has: `dns://name:port`. They are spoken to as by `ws://`.
-    Dns { name: String, port: u16 },
+    /// The peers at all addresses that a name has: `dns://name:port`. They are spoken to as by `ws://`; or, as
+    /// `dns+wss://name:port`, with TLS, and every one has a certificate with that name.
+    Dns { name: String, port: u16, tls: bool },
 }
 
 impl PeerAddress {
     pub fn parse(text: &str) -> anyhow::Result<Self> {
         // A URL may hold a password by mistake: what is refused is not repeated.
-        const FORMS: &str = "a peer is ws://HOST:PORT or dns://NAME:PORT";
+        const FORMS: &str =
+            "a peer is ws://HOST:PORT, wss://HOST:PORT, dns://NAME:PORT or dns+wss://NAME:PORT";
         let uri: Uri = text.trim().parse().ok().context(FORMS)?;
         let (Some(scheme), Some(authority)) = (uri.scheme_str(), uri.authority()) else { bail!(FORMS) };
         let (host, port) = (authority.host(), authority.port_u16());
@@ -118,10 +121,22 @@ impl PeerAddress {
         }
         match scheme {
             "ws" => Ok(Self::WebSocket(format!("{scheme}://{host}:{port}"))),
-            "dns" if host.bytes().all(|it| it.is_ascii_alphanumeric() || b"-_.".contains(&it)) => {
-                Ok(Self::Dns { name: host.to_owned(), port })
+            "wss" if tls_name(host).is_some() => Ok(Self::WebSocket(format!("{scheme}://{host}:{port}"))),
+            "dns" | "dns+wss"
+                if host.bytes().all(|it| it.is_ascii_alphanumeric() || b"-_.".contains(&it))
+                    && tls_name(host).is_some() =>
+            {
+                Ok(Self::Dns { name: host.to_owned(), port, tls: scheme == "dns+wss" })
             }
             _ => bail!(FORMS),
+        }
+    }
+
+    /// Whether the peer is spoken to with TLS.
+    pub fn is_tls(&self) -> bool {
+        match self {
+            Self::WebSocket(url) => url.starts_with("wss://"),
+            Self::Dns { tls, .. } => *tls,
         }
     }
 }
@@ -130,9 +145,15 @@ impl fmt::Display for PeerAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::WebSocket(url) => f.write_str(url),
-            Self::Dns { name, port } => write!(f, "dns://{name}:{port}"),
+            Self::Dns { name, port, tls: false } => write!(f, "dns://{name}:{port}"),
+            Self::Dns { name, port, tls: true } => write!(f, "dns+wss://{name}:{port}"),
         }
     }
+}
+
+/// The host of a URL as what a certificate may name: a DNS name or an address.
+pub fn tls_name(host: &str) -> Option<ServerName<'static>> {
+    ServerName::try_from(host.trim_start_matches('[').trim_end_matches(']').to_owned()).ok()
 }
 
 /// Refuses what clients could not be sent to.
@@ -236,13 +257,21 @@ mod tests {
 
     #[test]
     fn peers_are_urls_with_a_port_and_nothing_more() {
-        for good in ["ws://frankfurt:4401", "ws://[2001:db8::1]:443", "dns://isobar.internal:4401"] {
+        for good in [
+            "ws://frankfurt:4401",
+            "ws://[2001:db8::1]:443",
+            "dns://isobar.internal:4401",
+            "wss://frankfurt.example:443",
+            "wss://[2001:db8::1]:443",
+            "dns+wss://isobar.internal:4401",
+        ] {
+            assert_eq!(PeerAddress::parse(good).unwrap().is_tls(), good.contains("wss"));
             assert_eq!(PeerAddress::parse(good).unwrap().to_string(), good);
         }
         assert_eq!(PeerAddress::parse(" ws://a:1/ ").unwrap().to_string(), "ws://a:1");
         assert_eq!(
             PeerAddress::parse("dns://name:7").unwrap(),
-            PeerAddress::Dns { name: "name".to_owned(), port: 7 }
+            PeerAddress::Dns { name: "name".to_owned(), port: 7, tls: false }
         );
         for bad in [
             "",
@@ -251,7 +280,10 @@ mod tests {
             "ws://frankfurt",
             "ws://:4401",
             "http://frankfurt:4401",
-            "wss://frankfurt:4401",
+            "https://frankfurt:4401",
+            "wss://frankfurt",
+            "wss://a..b:4401",
+            "dns+ws://frankfurt:4401",
             "ws://a:0",
             "ws://a:99999",
             "ws://user:password@a:1",

@@ -5,19 +5,24 @@
 //! and then, and stands for all of its addresses.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
-use tokio_tungstenite::client_async_with_config;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::rustls::pki_types::ServerName;
+use tokio_rustls::rustls::{self, InvalidMessage};
+use tokio_tungstenite::tungstenite::http::StatusCode;
+use tokio_tungstenite::{WebSocketStream, client_async_with_config, tungstenite};
 
 use isobar_protocol::ids::RegionName;
-use isobar_protocol::link::handshake::Identity;
 
-use super::Replication;
-use super::link::{LinkError, serve, shake_hands, socket_config};
+use super::link::{Line, LinkError, serve, shake_hands, socket_config};
+use super::{Identities, Replication, tls};
 use crate::config::PeerAddress;
+use crate::config::cluster::tls_name;
 use crate::telemetry::Metrics;
 
 /// How long a connection may take to be made.
@@ -36,56 +41,83 @@ const LINKED_PAUSE: Duration = Duration::from_millis(500);
 /// How often DNS names are looked up.
 const LOOKUP_INTERVAL: Duration = Duration::from_secs(60);
 
+/// Whom to dial.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct Target {
+    /// Host and port.
+    address: String,
+    /// What the request is for.
+    url: String,
+}
+
+impl Target {
+    fn of(url: String) -> Self {
+        Self { address: host_and_port(&url).to_owned(), url }
+    }
+
+    /// The name that the certificate has to have, if TLS is to be spoken.
+    fn tls_name(&self) -> Option<ServerName<'static>> {
+        let host = host_and_port(&self.url).rsplit_once(':').map_or("", |(host, _)| host);
+        let name = self.url.starts_with("wss://").then(|| tls_name(host));
+        name.map(|name| name.expect("addresses of peers were checked when they were read"))
+    }
+}
+
 /// Keeps links to all of these peers; to be run as a task.
 pub async fn keep_links(
     replication: Replication,
-    identity: Arc<Identity>,
+    identities: Identities,
     metrics: Arc<Metrics>,
     peers: Vec<PeerAddress>,
 ) {
     let mut tasks = JoinSet::new();
     for peer in peers {
-        let (replication, identity, metrics) = (replication.clone(), identity.clone(), metrics.clone());
+        let (replication, identities, metrics) = (replication.clone(), identities.clone(), metrics.clone());
         match peer {
-            PeerAddress::Dns { name, port } => {
-                tasks.spawn(keep_named(replication, identity, metrics, format!("{name}:{port}")))
+            PeerAddress::Dns { name, port, tls } => {
+                let scheme = if tls { "wss" } else { "ws" };
+                let url = format!("{scheme}://{name}:{port}");
+                tasks.spawn(keep_named(replication, identities, metrics, Target::of(url)))
             }
-            PeerAddress::WebSocket(url) => tasks.spawn(keep_link(replication, identity, metrics, url)),
+            PeerAddress::WebSocket(url) => {
+                tasks.spawn(keep_link(replication, identities, metrics, Target::of(url)))
+            }
         };
     }
     while tasks.join_next().await.is_some() {}
 }
 
-/// Keeps a link to every address that a DNS name stands for.
-async fn keep_named(replication: Replication, identity: Arc<Identity>, metrics: Arc<Metrics>, name: String) {
+/// Keeps a link to every address that a DNS name stands for. With TLS each is to have a certificate with that name.
+async fn keep_named(replication: Replication, identities: Identities, metrics: Arc<Metrics>, named: Target) {
     let mut tasks = JoinSet::new();
     let mut known = BTreeMap::new();
     let mut failing = false;
     loop {
-        match tokio::net::lookup_host(&name).await {
+        match tokio::net::lookup_host(&named.address).await {
             Ok(addresses) => {
                 failing = false;
-                let addresses: BTreeSet<String> = addresses.map(|it| format!("ws://{it}")).collect();
-                known.retain(|address, task: &mut tokio::task::AbortHandle| {
-                    let stays = addresses.contains(address);
+                let target = |address: SocketAddr| Target { address: address.to_string(), ..named.clone() };
+                let targets: BTreeSet<Target> = addresses.map(target).collect();
+                known.retain(|target, task: &mut tokio::task::AbortHandle| {
+                    let stays = targets.contains(target);
                     if !stays {
                         task.abort();
                     }
                     stays
                 });
-                for address in addresses {
-                    known.entry(address.clone()).or_insert_with(|| {
+                for target in targets {
+                    known.entry(target.clone()).or_insert_with(|| {
                         tasks.spawn(keep_link(
                             replication.clone(),
-                            identity.clone(),
+                            identities.clone(),
                             metrics.clone(),
-                            address,
+                            target,
                         ))
                     });
                 }
             }
             Err(error) if !std::mem::replace(&mut failing, true) => {
-                tracing::warn!(name, %error, "peers' name not found");
+                tracing::warn!(name = named.address, %error, "peers' name not found");
             }
             Err(_) => {}
         }
@@ -93,7 +125,8 @@ async fn keep_named(replication: Replication, identity: Arc<Identity>, metrics: 
     }
 }
 
-async fn keep_link(replication: Replication, identity: Arc<Identity>, metrics: Arc<Metrics>, url: String) {
+async fn keep_link(replication: Replication, identities: Identities, metrics: Arc<Metrics>, target: Target) {
+    let Target { address, url } = &target;
     let mut bound = PAUSE_FIRST;
     let mut failing = false;
     // Who answered last.
@@ -106,7 +139,7 @@ async fn keep_link(replication: Replication, identity: Arc<Identity>, metrics: A
             tokio::time::sleep(LINKED_PAUSE).await;
         }
         let started = Instant::now();
-        let ended = link_once(&replication, &identity, &metrics, &url, &mut region).await;
+        let ended = link_once(&replication, &identities, &metrics, &target, &mut region).await;
         if started.elapsed() >= LIVED {
             bound = PAUSE_FIRST;
             failing = false;
@@ -115,9 +148,9 @@ async fn keep_link(replication: Replication, identity: Arc<Identity>, metrics: A
             Err(LinkError::Superfluous) | Ok(()) => {}
             // Said once: it is tried again and again.
             Err(error) if !std::mem::replace(&mut failing, true) => {
-                tracing::warn!(url, %error, "peer not linked, trying on");
+                tracing::warn!(url, address, %error, "peer not linked, trying on");
             }
-            Err(error) => tracing::debug!(url, %error, "peer not linked"),
+            Err(error) => tracing::debug!(url, address, %error, "peer not linked"),
         }
         tokio::time::sleep(bound.mul_f64(random_fraction())).await;
         bound = (bound * 2).min(PAUSE_LAST);
@@ -131,27 +164,49 @@ fn random_fraction() -> f64 {
 
 async fn link_once(
     replication: &Replication,
-    identity: &Identity,
+    identities: &Identities,
     metrics: &Metrics,
-    url: &str,
+    target: &Target,
     region: &mut Option<RegionName>,
 ) -> Result<(), LinkError> {
-    let connect = async {
-        let stream = TcpStream::connect(host_and_port(url))
-            .await
-            .map_err(|error| LinkError::from(tokio_tungstenite::tungstenite::Error::Io(error)))?;
-        let _ = stream.set_nodelay(true);
-        let (socket, _) = client_async_with_config(url, stream, Some(socket_config())).await?;
-        Ok::<_, LinkError>(socket)
-    };
-    let mut socket =
-        tokio::time::timeout(CONNECT_PATIENCE, connect).await.map_err(|_| LinkError::TimedOut)??;
-    let peer = shake_hands(&mut socket, identity, true).await?;
+    let connected = tokio::time::timeout(CONNECT_PATIENCE, connect(identities, target)).await;
+    let mut socket = connected.map_err(|_| LinkError::TimedOut)??;
+    let peer = shake_hands(&mut socket, &identities.node, true).await?;
     *region = Some(peer.region.clone());
     serve(replication, metrics, socket, peer, true).await
 }
 
-/// What stands between `ws://` and the path, if there is one.
+async fn connect(identities: &Identities, target: &Target) -> Result<WebSocketStream<Line>, LinkError> {
+    let io = |error| LinkError::from(tungstenite::Error::Io(error));
+    let stream = TcpStream::connect(&target.address).await.map_err(io)?;
+    let _ = stream.set_nodelay(true);
+    let line: Line = match target.tls_name() {
+        None => Box::new(stream),
+        Some(name) => {
+            let connector = TlsConnector::from(identities.tls.configs().await.client);
+            Box::new(connector.connect(name, stream).await.map_err(not_secured)?)
+        }
+    };
+    match client_async_with_config(&target.url, line, Some(socket_config())).await {
+        Ok((socket, _)) => Ok(socket),
+        Err(tungstenite::Error::Http(answer)) if answer.status() == StatusCode::UPGRADE_REQUIRED => {
+            Err(LinkError::TlsExpected)
+        }
+        // With TLS 1.3 the dialler is through before the listener has looked at its certificate.
+        Err(tungstenite::Error::Io(error)) if tls::cause(&error).is_some() => Err(LinkError::Tls(error)),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn not_secured(error: std::io::Error) -> LinkError {
+    match tls::cause(&error) {
+        // It answered with text.
+        Some(rustls::Error::InvalidMessage(InvalidMessage::InvalidContentType)) => LinkError::TlsUnexpected,
+        _ => LinkError::Tls(error),
+    }
+}
+
+/// What stands between `ws://` or `wss://` and the path, if there is one.
 fn host_and_port(url: &str) -> &str {
     let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
     rest.split('/').next().unwrap_or(rest)

@@ -32,6 +32,14 @@ pub(super) enum LinkError {
     Socket(#[from] Box<tungstenite::Error>),
     #[error("the connection was closed")]
     Closed,
+    #[error("TLS failed: {0}")]
+    Tls(std::io::Error),
+    /// A dialler without TLS met a listener with it.
+    #[error("the listener speaks TLS: it is dialled as wss:// or dns+wss://")]
+    TlsExpected,
+    /// A dialler with TLS met a listener without it.
+    #[error("the listener does not speak TLS: it needs peer_tls_cert, or is dialled as ws:// or dns://")]
+    TlsUnexpected,
     #[error("no answer in time")]
     TimedOut,
     #[error("the peer was refused: {0}")]
@@ -50,6 +58,14 @@ impl From<tungstenite::Error> for LinkError {
         Self::Socket(Box::new(error))
     }
 }
+
+/// The bytes of a link, with or without TLS.
+pub(super) type Line = Box<dyn Duplex>;
+
+/// What reads and writes.
+pub(super) trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> Duplex for S {}
 
 /// How both ends set their sockets up.
 pub(super) fn socket_config() -> WebSocketConfig {

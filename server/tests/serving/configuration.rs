@@ -300,6 +300,30 @@ async fn peers_are_spoken_to_with_a_cluster_key_only() {
 }
 
 #[test]
+fn certificates_are_named_by_flags_before_the_environment_before_the_file() {
+    let named = |set: fn(&mut Command)| {
+        refused_with(|command, directory| {
+            std::fs::write(directory.join("isobar.toml"), "peer_tls_ca = \"file.pem\"\n").unwrap();
+            command.args(["--config", "isobar.toml", "--peer-listen", "127.0.0.1:0"]);
+            set(command.env("ISOBAR_CLUSTER_KEY", KEY));
+        })
+    };
+    assert!(named(|_| ()).contains("peer_tls_ca: file.pem"));
+    let said = named(|it| {
+        it.env("ISOBAR_PEER_TLS_CA", "environment.pem");
+    });
+    assert!(said.contains("peer_tls_ca: environment.pem"), "{said}");
+    let said = named(|it| {
+        it.env("ISOBAR_PEER_TLS_CA", "environment.pem").args(["--peer-tls-ca", "flag.pem"]);
+    });
+    assert!(said.contains("peer_tls_ca: flag.pem"), "{said}");
+    let said = named(|it| {
+        it.env("ISOBAR_PEER_TLS_CERT", "cert.pem").args(["--peer-tls-key", "key.pem"]);
+    });
+    assert!(said.contains("peer_tls_cert: cert.pem"), "{said}");
+}
+
+#[test]
 fn a_cluster_key_is_refused_without_being_repeated() {
     let short = "a secret that is too short";
     let said = refused_with(|it, _| {
@@ -335,6 +359,8 @@ fn what_is_said_of_the_cluster_is_checked() {
         ("peers = [\"http://us.example:4401\"]\n", "dns://NAME:PORT"),
         ("peers = [\"ws://us.example\"]\n", "port"),
         ("log_keep_hours = -1\n", "log_keep_hours"),
+        ("peer_tls_cert = \"cert.pem\"\n", "but not peer_tls_key"),
+        ("peer_tls_key = \"key.pem\"\n", "but not peer_tls_cert"),
         ("[groups]\ndefault = [\"frankfurt\"]\n", "all regions"),
         ("[groups]\neu-only = []\n", "\"eu-only\" has no regions"),
         ("[groups]\neu-only = [\"paris\", \"paris\"]\n", "twice"),
@@ -447,6 +473,10 @@ fn help_names_every_flag_and_its_default() {
         "[default: isobar]",
         "--cluster-key-file <FILE>",
         "ISOBAR_CLUSTER_KEY",
+        "dns+wss://NAME:PORT",
+        "--peer-tls-cert <FILE>",
+        "--peer-tls-key <FILE>",
+        "--peer-tls-ca <FILE>",
     ] {
         assert!(serve.contains(says), "{says} is missing from {serve}");
     }

@@ -15,3 +15,4 @@ mod lifecycle;
 mod links;
 mod replication;
 mod support;
+mod tls;
