@@ -35,10 +35,12 @@ use crate::link::{DocumentContents, LinkFrame, Progress};
 use crate::log::{Chain, Opened};
 
 mod incoming;
+mod lag;
 mod routes;
 mod snapshot;
 mod streams;
 
+use lag::Samples;
 use routes::Route;
 use snapshot::Fetch;
 use streams::Stream;
@@ -180,6 +182,8 @@ struct Origin {
     /// Two logs exist; nothing of it is taken or sent any more.
     forked: bool,
     route: Option<Route>,
+    /// Of an own origin: when it had grown how far.
+    samples: Samples,
 }
 
 impl Origin {
@@ -194,6 +198,7 @@ impl Origin {
             storing: BTreeMap::new(),
             forked: false,
             route: None,
+            samples: Samples::default(),
         }
     }
 }
@@ -248,6 +253,9 @@ pub struct LinkStatus {
     pub behind: u64,
     /// Entries that are durable here and not announced by the peer.
     pub ahead: u64,
+    /// Since when the oldest entry of this node's own that the peer has not announced has been durable here; nothing if it
+    /// has them all.
+    pub unacknowledged_since: Option<Moment>,
     /// Origins that are taken from this peer.
     pub routes: usize,
     pub fetches_snapshot: bool,
@@ -348,6 +356,7 @@ impl Replica {
         if progress.seq >= origin.durable.0 {
             origin.durable = (progress.seq, progress.chain);
             origin.received = origin.durable;
+            origin.samples.note(now, progress.seq);
         }
         // Who has not heard of the origin cannot have asked for it.
         let unaware = self.links.iter().filter(|(_, link)| !link.announced.contains_key(&progress.origin));
@@ -412,6 +421,7 @@ impl Replica {
 
     fn status(&self, id: LinkId, link: &Link) -> LinkStatus {
         let (mut behind, mut ahead) = (0, 0);
+        let mut unacknowledged_since: Option<Moment> = None;
         for (origin, known) in &self.origins {
             if !self.shares(link, &known.group) {
                 continue;
@@ -419,6 +429,8 @@ impl Replica {
             let theirs = link.theirs.get(origin).map_or(0, |seq| seq.0);
             behind += theirs.saturating_sub(known.durable.0.0);
             ahead += known.durable.0.0.saturating_sub(theirs);
+            let since = known.samples.since(Seq(theirs));
+            unacknowledged_since = unacknowledged_since.into_iter().chain(since).min();
         }
         let routed = self.origins.values().filter(|it| it.route.is_some_and(|route| route.link == id));
         LinkStatus {
@@ -428,6 +440,7 @@ impl Replica {
             in_flight_bytes: link.in_flight_bytes,
             behind,
             ahead,
+            unacknowledged_since,
             routes: routed.count(),
             fetches_snapshot: self.fetch.as_ref().is_some_and(|fetch| fetch.is_from(id)),
         }

@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use isobar_protocol::ids::{DocumentId, OriginId, PlacementGroup, RegionName, Seq};
+use isobar_protocol::ids::{DocumentId, OriginId, PlacementGroup, RegionName, Seq, StorageId};
 use isobar_protocol::link::handshake::Identity;
 use isobar_protocol::link::{LinkFrame, Progress};
 use isobar_protocol::replica::{LinkId, LinkStatus, LogRead, Peer, Replica, Stored};
@@ -153,6 +153,8 @@ pub struct Parts {
 pub struct View {
     pub vector: Vec<Progress>,
     pub links: Vec<LinkStatus>,
+    /// For each of the links, how long the peer has lacked the oldest entry of this node's own that it lacks.
+    pub lags_ms: Vec<u64>,
     /// Origins of which two logs exist.
     pub forked: Vec<OriginId>,
 }
@@ -232,6 +234,11 @@ impl Replication {
         let known: Vec<Peer> = self.shared.known.lock().values().cloned().collect();
         let linked = self.shared.linked.lock();
         known.into_iter().map(|peer| Known { up: linked.contains_key(&peer.region), peer }).collect()
+    }
+
+    /// Whether a storage is that of another region that was linked since the node started.
+    pub fn is_region_storage(&self, storage: &StorageId) -> bool {
+        self.shared.known.lock().values().any(|peer| peer.storage_id == *storage)
     }
 
     /// Passes presence on to the regions that want it; lossy.

@@ -76,6 +76,7 @@ pub struct Metrics {
     pub unavailable_sent: Counter,
     pub lossy_dropped: Counter,
     pub echoes_dropped: Counter,
+    pub region_claims_dropped: Counter,
     pub commits: Counter,
     pub committed_changes: Counter,
     pub commit_seconds: Histogram,
@@ -147,13 +148,14 @@ impl Metrics {
         });
     }
 
-    /// Reports a link to another region.
-    pub fn link(&self, status: &LinkStatus) {
+    /// Reports a link to another region, and how long its peer has lacked the oldest own entry that it lacks.
+    pub fn link(&self, status: &LinkStatus, lag_ms: u64) {
         let region = status.region.as_str().to_owned();
         metrics::with_local_recorder(&self.recorder, || {
             let set = |name: &'static str, value: f64| gauge!(name, "region" => region.clone()).set(value);
             set("isobar_link_behind_changes", status.behind as f64);
             set("isobar_link_ahead_changes", status.ahead as f64);
+            set("isobar_link_lag_seconds", lag_ms as f64 / 1_000.0);
             set("isobar_link_in_flight_bytes", status.in_flight_bytes as f64);
             set("isobar_link_routes", status.routes as f64);
             set("isobar_link_fetches_snapshot", f64::from(u8::from(status.fetches_snapshot)));
@@ -224,6 +226,8 @@ registered! {
     lossy_dropped: counter = "isobar_lossy_frames_dropped_total",
         "Presence frames dropped: the client was slow, or its sender too fast.";
     echoes_dropped: counter = "isobar_echoes_dropped_total", "Frames dropped because their sender is not the connection's.";
+    region_claims_dropped: counter = "isobar_region_claims_dropped_total",
+        "Reports of clients about what a region's storage holds: only the region itself is believed.";
     commits: counter = "isobar_commits_total", "Transactions that appended changes.";
     committed_changes: counter = "isobar_committed_changes_total", "Changes made durable.";
     commit_seconds: histogram = "isobar_commit_seconds", "Time of one append transaction.";

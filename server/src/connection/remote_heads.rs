@@ -70,11 +70,22 @@ impl Connection {
         let Some(slot) = self.slots.get(document) else { return };
         let subscription = &self.subscriptions[slot.0 as usize];
         for heads in heads {
-            // What this region has is known here better than anywhere.
-            if heads.storage_id != self.node.storage_id {
-                subscription.document.note_remote_heads(heads, subscription.key);
+            // What a region has is for the region to say. The client may believe what it says, so it is no breach.
+            if self.is_region_storage(&heads.storage_id) {
+                self.node.metrics.region_claims_dropped.increment(1);
+                continue;
             }
+            subscription.document.note_remote_heads(heads, subscription.key);
         }
+    }
+
+    fn is_region_storage(&self, storage: &StorageId) -> bool {
+        *storage == self.node.storage_id
+            || self
+                .node
+                .replication
+                .as_ref()
+                .is_some_and(|replication| replication.is_region_storage(storage))
     }
 
     /// Reports the region's durable heads to a client that watches them, if they have moved. Returns the bytes sent.

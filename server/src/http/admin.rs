@@ -73,6 +73,9 @@ struct PeerView {
     behind_changes: u64,
     /// Log entries that are stored here and not announced by the region.
     ahead_changes: u64,
+    /// For how long the oldest entry that was accepted here and not announced by the region has been stored here; 0 if
+    /// the region has them all.
+    lag_ms: u64,
     in_flight_bytes: usize,
     /// Origins that are taken from this region.
     routes: usize,
@@ -84,11 +87,12 @@ async fn peers(State(shared): State<Shared>) -> Response {
         return Json(Vec::<PeerView>::new()).into_response();
     };
     let view = replication.view();
-    let peers = view.links.into_iter().map(|link| PeerView {
+    let peers = view.links.into_iter().zip(view.lags_ms).map(|(link, lag_ms)| PeerView {
         region: link.region.to_string(),
         round_trip_ms: link.round_trip_ms,
         behind_changes: link.behind,
         ahead_changes: link.ahead,
+        lag_ms,
         in_flight_bytes: link.in_flight_bytes,
         routes: link.routes,
         fetches_snapshot: link.fetches_snapshot,

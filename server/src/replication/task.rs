@@ -195,15 +195,17 @@ impl Task {
     fn look_after(&mut self) {
         self.refresh_interests();
         self.exchange.expire();
+        let now = self.now();
         let links: Vec<LinkStatus> = self.replica.links().collect();
         let waiting: usize = self.links.values().map(|up| up.outgoing.len()).sum();
         self.parts.metrics.link_frames_waiting.set(waiting as f64);
         for status in &links {
-            self.parts.metrics.link(status);
+            self.parts.metrics.link(status, lag_ms(now, status));
             self.shared.heard.lock().insert(status.region.clone(), Instant::now());
         }
+        let lags_ms = links.iter().map(|status| lag_ms(now, status)).collect();
         let forked = self.replica.forked().collect();
-        *self.shared.view.lock() = View { vector: self.replica.vector(), links, forked };
+        *self.shared.view.lock() = View { vector: self.replica.vector(), links, lags_ms, forked };
         self.note_acknowledgements();
     }
 
@@ -222,4 +224,9 @@ impl Task {
             }
         });
     }
+}
+
+/// How long a peer has lacked the oldest entry of this node's own that it lacks.
+fn lag_ms(now: Moment, status: &LinkStatus) -> u64 {
+    status.unacknowledged_since.map_or(0, |since| now.0.saturating_sub(since.0))
 }
