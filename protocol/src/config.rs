@@ -107,6 +107,26 @@ pub const FETCH_PATIENCE_MS: u64 = 10_000;
 
 /// How long after a failed read of the log it is tried again.
 pub const READ_RETRY_MS: u64 = 500;
+
+/// Questions whether a region has a document, asked on one link and not answered. Each may have it load a document.
+pub const RECEIPT_QUESTIONS_MAX: usize = 64;
+
+/// Most heads that such a question names, and that a receipt does. Documents with more get none: they have as many authors
+/// who have not seen each other.
+pub const RECEIPT_HEADS_MAX: usize = 1_024;
+
+/// Most regions that one receipt names.
+pub const RECEIPT_REGIONS_MAX: usize = 256;
+
+/// How long an answer is waited for.
+pub const RECEIPT_ANSWER_PATIENCE_MS: u64 = 15_000;
+
+/// How long after a denial, or without the logs getting there, a region is asked again.
+pub const RECEIPT_ASK_AGAIN_MS: u64 = 5_000;
+
+/// How often that is looked at.
+pub const RECEIPT_LOOK_EVERY_MS: u64 = 250;
+
 /// Longest frame between regions in bytes. Nearly all are below a quarter of a MiB; but a document travels in one
 /// frame, and its base may be large. As much as the largest client frame, which is how a large document is born.
 pub const LINK_FRAME_BYTES_MAX: usize = 64 << 20;

@@ -21,6 +21,7 @@ mod leb128;
 pub mod link;
 pub mod log;
 pub mod presence;
+pub mod receipts;
 pub mod replica;
 pub mod scrub;
 pub mod session;

@@ -10,7 +10,7 @@ pub mod handshake;
 
 use bytes::Bytes;
 
-use crate::ids::{DocumentId, OriginId, PlacementGroup, RegionName, Seq};
+use crate::ids::{ChangeHash, DocumentId, OriginId, PlacementGroup, RegionName, Seq};
 use crate::log::Chain;
 
 /// How far somebody has an origin's log: everything up to and including `seq`, durably.
@@ -111,6 +111,16 @@ pub enum LinkFrame {
     ScrubAnswer {
         request: u64,
         fingerprints: Fingerprints,
+    },
+    /// Asks whether all of these changes of a document are durable at the receiver.
+    HeadsRequest {
+        request: u64,
+        document: DocumentId,
+        heads: Vec<ChangeHash>,
+    },
+    HeadsAnswer {
+        request: u64,
+        has: bool,
     },
     /// The sender ends the link, and says why.
     Failed {

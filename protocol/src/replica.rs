@@ -33,6 +33,7 @@ use crate::ids::{DocumentId, OriginId, PlacementGroup, RegionName, Seq, StorageI
 use crate::link::handshake::NodeId;
 use crate::link::{DocumentContents, LinkFrame, Progress};
 use crate::log::{Chain, Opened};
+use crate::receipts::{Announced, Target};
 
 mod incoming;
 mod lag;
@@ -177,6 +178,8 @@ struct Origin {
     durable: (Seq, Chain),
     /// Handed over to be stored; never before `durable`.
     received: (Seq, Chain),
+    /// The farthest that was ever handed over, also if it had to be asked for again: what of it is in documents stays there.
+    handed: Seq,
     /// Handed over and not answered yet: last seq and the chain there.
     storing: BTreeMap<Seq, Chain>,
     /// Two logs exist; nothing of it is taken or sent any more.
@@ -195,6 +198,7 @@ impl Origin {
             own,
             durable: at,
             received: at,
+            handed: at.0,
             storing: BTreeMap::new(),
             forked: false,
             route: None,
@@ -394,6 +398,15 @@ impl Replica {
         std::mem::take(&mut self.effects)
     }
 
+    /// How far the logs of a group have been taken in here, committed or not: at least as far as anything that documents hold
+    /// because of them. Those of this node itself are as far as the replica was told.
+    pub fn target(&self, group: &PlacementGroup) -> Target {
+        let mut target = Target::default();
+        let of_group = self.origins.iter().filter(|(_, origin)| origin.group == *group);
+        of_group.for_each(|(id, origin)| target.raise(*id, origin.handed.max(origin.durable.0)));
+        target
+    }
+
     /// The placement groups that its region is in.
     pub fn groups(&self) -> &BTreeSet<PlacementGroup> {
         &self.groups
@@ -515,6 +528,13 @@ impl Replica {
     /// Whether one more origin may become known.
     fn has_room(&self) -> bool {
         self.origins.len() < ORIGINS_MAX
+    }
+}
+
+impl Announced for Replica {
+    fn covers(&self, link: LinkId, target: &Target) -> bool {
+        let Some(known) = self.links.get(&link) else { return false };
+        target.iter().all(|(origin, seq)| *seq <= known.theirs.get(origin).copied().unwrap_or(Seq(0)))
     }
 }
 

@@ -16,10 +16,11 @@ mod encode;
 pub use decode::{CborProblem, WireError};
 pub use encode::{
     SharedSyncFrame, encode_elsewhere, encode_ephemeral, encode_error, encode_join, encode_peer,
-    encode_remote_heads_changed, encode_remote_subscription_change, encode_sync, encode_unavailable,
+    encode_receipt, encode_remote_heads_changed, encode_remote_subscription_change, encode_sync,
+    encode_unavailable,
 };
 
-use crate::ids::{ChangeHash, DocumentId, PeerId, StorageId};
+use crate::ids::{ChangeHash, DocumentId, PeerId, RegionName, StorageId};
 
 /// The only version of the protocol that exists.
 pub const PROTOCOL_VERSION: &str = "1";
@@ -56,6 +57,9 @@ pub const EXTRA_GATHERED_ANSWERS: &str = "gathered-answers";
 
 /// An extra: the client wants to be told where a document is that this region may not hold ([`ElsewhereFrame`]).
 pub const EXTRA_ELSEWHERE: &str = "elsewhere";
+
+/// An extra: the client wants to be told which regions hold its documents ([`ReceiptFrame`]).
+pub const EXTRA_RECEIPTS: &str = "receipts";
 
 /// Most addresses that one of these frames names.
 const URLS_MAX: usize = 256;
@@ -133,5 +137,28 @@ impl ElsewhereFrame {
     /// Reads an `isobar-elsewhere` frame: `Ok(None)` if the frame is of another type.
     pub fn decode(frame: &[u8]) -> Result<Option<Self>, WireError> {
         decode::elsewhere_frame(frame)
+    }
+}
+
+/// That a region holds a document, durably, up to these heads: they and all their ancestors.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Saved {
+    pub region: RegionName,
+    pub storage_id: StorageId,
+    pub heads: Vec<ChangeHash>,
+}
+
+/// Which regions hold a document, as far as that has changed since the last of these frames. Only for clients that
+/// announced [`EXTRA_RECEIPTS`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReceiptFrame {
+    pub document: DocumentId,
+    pub saved: Vec<Saved>,
+}
+
+impl ReceiptFrame {
+    /// Reads an `isobar-receipt` frame: `Ok(None)` if the frame is of another type.
+    pub fn decode(frame: &[u8]) -> Result<Option<Self>, WireError> {
+        decode::receipt_frame(frame)
     }
 }

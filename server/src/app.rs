@@ -20,6 +20,7 @@ use crate::http::{self, CountingListener, Traffic};
 use crate::materialise::Materialiser;
 use crate::node::{Node, Sessions};
 use crate::outbox::Closing;
+use crate::receipts::Receipts;
 use crate::replication::{Parts, PeerTls, Replication};
 use crate::storage::{self, ClaimedOrigin, Storage, StorageError};
 use crate::telemetry::Metrics;
@@ -77,11 +78,13 @@ impl App {
         let (committer, commits) =
             Committer::new(storage.clone(), origins, documents.clone(), metrics.clone());
         let peer_id = PeerId::new(&format!("isobar-{region}-{}", uuid::Uuid::new_v4().simple()))?;
+        let receipts = Receipts::new(region.clone(), storage_id.clone());
         let parts = Parts {
             storage: storage.clone(),
             documents: documents.clone(),
             committer: committer.clone(),
             metrics: metrics.clone(),
+            receipts: receipts.clone(),
             advertise: settings.advertise.clone(),
         };
         let stop_upkeep = CancellationToken::new();
@@ -96,6 +99,7 @@ impl App {
             documents,
             committer,
             replication: regions.replication,
+            receipts: receipts.clone(),
             sessions: Sessions::default(),
             metrics,
             draining: AtomicBool::new(false),
@@ -109,6 +113,8 @@ impl App {
             tokio::spawn(cancellable(stop_upkeep.clone(), compactor.run())),
             tokio::spawn(cancellable(stop_upkeep.clone(), sweep(node.clone()))),
         ];
+        let follow = receipts.run(node.replication.clone());
+        upkeep.push(tokio::spawn(cancellable(stop_upkeep.clone(), follow)));
         upkeep.extend(regions.tasks);
         if node.replication.is_none() {
             upkeep.push(tokio::spawn(cancellable(stop_upkeep.clone(), truncate(node.clone()))));

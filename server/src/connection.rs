@@ -18,7 +18,8 @@ use futures_util::{Sink, Stream};
 use isobar_protocol::ids::{ChangeHash, DocumentId, PeerId, PlacementGroup};
 use isobar_protocol::session::SyncSession;
 use isobar_protocol::wire::{
-    self, ClientFrame, EXTRA_ELSEWHERE, EXTRA_GATHERED_ANSWERS, PROTOCOL_VERSION, PeerMetadata,
+    self, ClientFrame, EXTRA_ELSEWHERE, EXTRA_GATHERED_ANSWERS, EXTRA_RECEIPTS, PROTOCOL_VERSION,
+    PeerMetadata,
 };
 use tokio::time::{Instant, Sleep};
 
@@ -30,8 +31,10 @@ use crate::outbox::{Closing, Outbox, Slot};
 
 mod incoming;
 mod outgoing;
+mod receipts;
 mod remote_heads;
 
+use receipts::Following;
 use remote_heads::Watched;
 
 /// A client must say who it is within this time.
@@ -101,6 +104,8 @@ impl Ending {
 
 /// One document on this connection.
 struct Subscription {
+    /// Ends before the subscription it follows with.
+    following: Option<Following>,
     document: Arc<Document>,
     key: SubscriberKey,
     session: SyncSession,
@@ -127,6 +132,8 @@ enum Search {
 
 impl Drop for Subscription {
     fn drop(&mut self) {
+        // Nobody is to mark a place that is another's by then.
+        self.following = None;
         self.document.unsubscribe(self.key);
     }
 }
@@ -150,6 +157,8 @@ pub struct Connection {
     answers_each: bool,
     /// The client is to be told where a document is that this region may not hold.
     hears_elsewhere: bool,
+    /// The client is to be told which regions hold its documents.
+    hears_receipts: bool,
     /// The placement group of the documents that the client creates.
     group: PlacementGroup,
     ephemerals: TokenBucket,
@@ -213,6 +222,7 @@ impl Connection {
             watched: Watched::new(&node.storage_id, metadata),
             answers_each: !has_extra(metadata, EXTRA_GATHERED_ANSWERS),
             hears_elsewhere: has_extra(metadata, EXTRA_ELSEWHERE),
+            hears_receipts: has_extra(metadata, EXTRA_RECEIPTS),
             group,
             node,
             socket,
@@ -381,6 +391,7 @@ impl Connection {
         let now = Instant::now();
         let session = SyncSession::new(false);
         self.subscriptions.push(Subscription {
+            following: None,
             document,
             key,
             session,
@@ -391,6 +402,7 @@ impl Connection {
             search: Search::NotYet,
         });
         self.watch_others(slot);
+        self.follow_receipts(slot);
         slot
     }
 
@@ -525,7 +537,7 @@ async fn join(node: &Node, socket: &mut WebSocket) -> Result<(PeerId, PeerMetada
 }
 
 /// What a client may announce.
-const EXTRAS: [&str; 2] = [EXTRA_GATHERED_ANSWERS, EXTRA_ELSEWHERE];
+const EXTRAS: [&str; 3] = [EXTRA_GATHERED_ANSWERS, EXTRA_ELSEWHERE, EXTRA_RECEIPTS];
 
 /// Whether the client announced an extra.
 fn has_extra(metadata: &PeerMetadata, name: &str) -> bool {

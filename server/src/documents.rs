@@ -27,6 +27,7 @@ use crate::telemetry::Metrics;
 mod compaction;
 mod contents;
 mod document;
+mod receipts;
 mod replication;
 
 use document::{Loaded, PendingRoom, change_numbered};

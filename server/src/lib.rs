@@ -13,6 +13,7 @@ mod http;
 pub mod materialise;
 pub mod node;
 pub mod outbox;
+pub mod receipts;
 pub mod recent_log;
 pub mod replication;
 pub mod storage;

@@ -11,6 +11,7 @@ use crate::commit::Committer;
 use crate::config::Settings;
 use crate::documents::Documents;
 use crate::outbox::{Closing, Outbox};
+use crate::receipts::Receipts;
 use crate::replication::Replication;
 use crate::storage::Storage;
 use crate::telemetry::Metrics;
@@ -27,6 +28,7 @@ pub struct Node {
     pub committer: Committer,
     /// Nothing if the node has nothing to do with other regions.
     pub replication: Option<Replication>,
+    pub receipts: Arc<Receipts>,
     pub sessions: Sessions,
     pub metrics: Arc<Metrics>,
     pub draining: AtomicBool,

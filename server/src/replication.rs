@@ -31,6 +31,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use crate::commit::Committer;
 use crate::documents::Documents;
 use crate::outbox::Ephemeral;
+use crate::receipts::{Observed, Receipts};
 use crate::storage::{Storage, StorageError};
 use crate::telemetry::Metrics;
 
@@ -109,6 +110,11 @@ enum Event {
         request: u64,
     },
     Presence(Arc<Ephemeral>),
+    /// What documents hold of which somebody wants receipts, and those of which nobody does any more.
+    Observed {
+        observed: Vec<Observed>,
+        left: Vec<DocumentId>,
+    },
 }
 
 /// What came of a search.
@@ -144,6 +150,7 @@ pub struct Parts {
     pub documents: Arc<Documents>,
     pub committer: Committer,
     pub metrics: Arc<Metrics>,
+    pub receipts: Arc<Receipts>,
     /// Where this region's clients reach it.
     pub advertise: Option<String>,
 }
@@ -239,6 +246,13 @@ impl Replication {
     /// Whether a storage is that of another region that was linked since the node started.
     pub fn is_region_storage(&self, storage: &StorageId) -> bool {
         self.shared.known.lock().values().any(|peer| peer.storage_id == *storage)
+    }
+
+    /// Has it found out which regions hold these documents; those of the second list are of interest to nobody any more.
+    pub(crate) async fn observe(&self, observed: Vec<Observed>, left: Vec<DocumentId>) {
+        if !observed.is_empty() || !left.is_empty() {
+            let _ = self.events.send(Event::Observed { observed, left }).await;
+        }
     }
 
     /// Passes presence on to the regions that want it; lossy.

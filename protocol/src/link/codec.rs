@@ -23,6 +23,8 @@
 //! ScrubAnswer     17   request 0 (count hash)*256     hashes are 16 bytes, without a count before them
 //!                      request 1 (document hash)*
 //! Failed          18   message
+//! HeadsRequest    21   request document hash*          hashes are 32 bytes
+//! HeadsAnswer     22   request 0 | 1
 //!
 //! progress = origin region group seq chain             origin and chain: 16 bytes each
 //! contents = document group 0 change*                  without a base
@@ -71,6 +73,8 @@ mod kind {
     pub const SCRUB_REQUEST: u8 = 16;
     pub const SCRUB_ANSWER: u8 = 17;
     pub const FAILED: u8 = 18;
+    pub const HEADS_REQUEST: u8 = 21;
+    pub const HEADS_ANSWER: u8 = 22;
 }
 
 const STANDING_ABSENT: u8 = 0;

@@ -113,6 +113,7 @@ impl Replica {
             route.renewed_at = None;
         }
         let (before, chain_before) = std::mem::replace(&mut origin.received, end);
+        origin.handed = origin.handed.max(end.0);
         origin.storing.insert(end.0, end.1);
         entries.drain(..skip);
         let body = if skip == 0 { body.clone() } else { repacked(&entries) };

@@ -8,10 +8,13 @@ use cbor4ii::core::dec::{self, Decode, IgnoredAny, Read, Reference, is_break};
 use cbor4ii::core::{major, marker, types};
 
 use super::{
-    ClientFrame, EXTRA_BYTES_MAX, EXTRAS_MAX, ElsewhereFrame, PeerFrame, PeerMetadata, RemoteHeads, URLS_MAX,
+    ClientFrame, EXTRA_BYTES_MAX, EXTRAS_MAX, ElsewhereFrame, PeerFrame, PeerMetadata, ReceiptFrame,
+    RemoteHeads, Saved, URLS_MAX,
 };
-use crate::config::{CBOR_DEPTH_MAX, FRAME_KEYS_MAX, REMOTE_HEADS_STORAGES_MAX, SYNC_HASHES_MAX};
-use crate::ids::{ChangeHash, DocumentId, IdError, PeerId, StorageId};
+use crate::config::{
+    CBOR_DEPTH_MAX, FRAME_KEYS_MAX, RECEIPT_REGIONS_MAX, REMOTE_HEADS_STORAGES_MAX, SYNC_HASHES_MAX,
+};
+use crate::ids::{ChangeHash, DocumentId, IdError, PeerId, RegionName, StorageId};
 
 /// The tag that some encoders put around a typed array of bytes.
 const TAG_BYTES: u64 = 64;
@@ -186,6 +189,7 @@ struct Fields<'a> {
     remove: Option<Cursor<'a>>,
     new_heads: Option<Cursor<'a>>,
     urls: Option<Cursor<'a>>,
+    saved: Option<Cursor<'a>>,
 }
 
 impl<'a> Fields<'a> {
@@ -229,6 +233,7 @@ impl<'a> Fields<'a> {
             "remove" => &mut self.remove,
             "newHeads" => &mut self.new_heads,
             "urls" => &mut self.urls,
+            "saved" => &mut self.saved,
             _ => return None,
         })
     }
@@ -319,6 +324,47 @@ pub(super) fn elsewhere_frame(frame: &[u8]) -> Result<Option<ElsewhereFrame>, Wi
     let urls = texts(fields.urls.ok_or(WireError::Missing("urls"))?, "urls", URLS_MAX)?;
     let urls = urls.into_iter().map(str::to_owned).collect();
     Ok(Some(ElsewhereFrame { document: fields.document()?, urls }))
+}
+
+pub(super) fn receipt_frame(frame: &[u8]) -> Result<Option<ReceiptFrame>, WireError> {
+    const FIELD: &str = "saved";
+    let fields = Fields::find(frame)?;
+    if text(fields.kind, "type")? != "isobar-receipt" {
+        return Ok(None);
+    }
+    let mut cursor = fields.saved.ok_or(WireError::Missing(FIELD))?;
+    let mut all = Vec::new();
+    let mut items = cursor.open(FIELD, false)?;
+    while cursor.next_item(&mut items, FIELD)? {
+        if all.len() == RECEIPT_REGIONS_MAX {
+            return Err(WireError::TooMany { field: FIELD, count_max: RECEIPT_REGIONS_MAX });
+        }
+        all.push(saved(cursor)?);
+        cursor.skip(FIELD)?;
+    }
+    Ok(Some(ReceiptFrame { document: fields.document()?, saved: all }))
+}
+
+/// One region's part of a receipt.
+fn saved(mut cursor: Cursor<'_>) -> Result<Saved, WireError> {
+    const FIELD: &str = "saved";
+    let (mut region, mut storage, mut heads) = (None, None, None);
+    let mut items = cursor.open(FIELD, true)?;
+    while cursor.next_item(&mut items, FIELD)? {
+        match cursor.key(FIELD)? {
+            Some("region") => region = Some(cursor),
+            Some("storageId") => storage = Some(cursor),
+            Some("heads") => heads = Some(cursor),
+            _ => {}
+        }
+        cursor.skip(FIELD)?;
+    }
+    let region = RegionName::new(text(region, "region")?);
+    Ok(Saved {
+        region: region.map_err(|problem| WireError::Id { field: "region", problem })?,
+        storage_id: storage_id(text(storage, "storageId")?, "storageId")?,
+        heads: hashes(heads.ok_or(WireError::Missing("heads"))?)?,
+    })
 }
 
 fn optional_text<'a>(value: Option<Cursor<'a>>, field: &'static str) -> Result<Option<&'a str>, WireError> {
@@ -470,9 +516,13 @@ fn heads_and_timestamp(mut cursor: Cursor<'_>) -> Result<(Vec<ChangeHash>, f64),
         }
         cursor.skip(FIELD)?;
     }
-    let heads = texts(heads.ok_or(WireError::Missing("heads"))?, "heads", SYNC_HASHES_MAX)?
+    let heads = hashes(heads.ok_or(WireError::Missing("heads"))?)?;
+    Ok((heads, number(timestamp, "timestamp")?))
+}
+
+fn hashes(cursor: Cursor<'_>) -> Result<Vec<ChangeHash>, WireError> {
+    texts(cursor, "heads", SYNC_HASHES_MAX)?
         .into_iter()
         .map(|head| ChangeHash::from_text(head).map_err(|problem| WireError::Id { field: "heads", problem }))
-        .collect::<Result<_, _>>()?;
-    Ok((heads, number(timestamp, "timestamp")?))
+        .collect()
 }

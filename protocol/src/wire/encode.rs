@@ -3,7 +3,7 @@
 use cbor4ii::core::enc::{Encode, Write};
 use cbor4ii::core::types::{Array, Bytes, Map};
 
-use super::{PROTOCOL_VERSION, PeerMetadata, RemoteHeads};
+use super::{PROTOCOL_VERSION, PeerMetadata, RemoteHeads, Saved};
 use crate::ids::{DocumentId, PeerId, StorageId};
 use crate::sync_message::SyncMessage;
 
@@ -131,6 +131,27 @@ pub fn encode_elsewhere(sender: &PeerId, target: &PeerId, document: &DocumentId,
     frame.array(urls.len());
     for url in urls {
         frame.put(url.as_str());
+    }
+    frame.pair("targetId", target.as_str());
+    frame.0
+}
+
+/// Which regions hold a document up to which heads; for clients that announced it.
+pub fn encode_receipt(sender: &PeerId, target: &PeerId, document: &DocumentId, saved: &[Saved]) -> Vec<u8> {
+    let mut frame = Frame::new(5, "isobar-receipt", 256 + 192 * saved.len());
+    frame.pair("senderId", sender.as_str());
+    frame.pair("documentId", document.to_string().as_str());
+    frame.put("saved");
+    frame.array(saved.len());
+    for Saved { region, storage_id, heads } in saved {
+        frame.map(3);
+        frame.pair("region", region.as_str());
+        frame.pair("storageId", storage_id.as_str());
+        frame.put("heads");
+        frame.array(heads.len());
+        for head in heads {
+            frame.put(head.to_text().as_str());
+        }
     }
     frame.pair("targetId", target.as_str());
     frame.0

@@ -271,6 +271,8 @@ fn link_frames() -> Vec<LinkFrame> {
         },
         LinkFrame::DocumentRequest { request: 2, document: document.clone() },
         LinkFrame::DocumentAnswer { request: 2, contents: Some(contents) },
+        LinkFrame::HeadsRequest { request: 5, document: document.clone(), heads: vec![ChangeHash([7; 32])] },
+        LinkFrame::HeadsAnswer { request: 5, has: true },
         LinkFrame::ScrubRequest { request: 3, prefix: vec![1, 2] },
         LinkFrame::ScrubAnswer { request: 3, fingerprints: Fingerprints::Buckets(vec![(1, [5; 16]); 256]) },
         LinkFrame::ScrubAnswer {

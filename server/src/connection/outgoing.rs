@@ -90,6 +90,7 @@ impl Connection {
             document.id(),
         );
         let reported = self.report_heads(slot)?;
+        let reported = reported + self.report_receipts(slot)?;
         let Some(outgoing) = outgoing else { return Ok(reported) };
         if matches!(outgoing, Outgoing::Unavailable) && self.search(slot) {
             return Ok(reported);

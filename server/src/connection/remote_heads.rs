@@ -34,7 +34,7 @@ impl Watched {
         self.storages.contains(&self.region)
     }
 
-    fn others(&self) -> bool {
+    pub(super) fn others(&self) -> bool {
         self.storages.iter().any(|storage| *storage != self.region)
     }
 }
@@ -52,6 +52,7 @@ impl Connection {
         for slot in (0..self.subscriptions.len() as u32).map(Slot) {
             self.subscriptions[slot.0 as usize].reported.clear();
             self.watch_others(slot);
+            self.follow_receipts(slot);
             self.mark(slot);
         }
     }
@@ -106,6 +107,6 @@ impl Connection {
     }
 }
 
-fn now_ms() -> f64 {
+pub(super) fn now_ms() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_millis() as f64)
 }

@@ -13,6 +13,7 @@ use isobar_protocol::ids::DocumentId;
 use isobar_protocol::link::{BaseContents, DocumentContents};
 use tokio::sync::oneshot;
 
+use super::receipts::TakingContents;
 use super::replication::Part;
 use super::{Document, Documents, LoadError};
 use crate::commit::{Committer, Received, Stopped};
@@ -111,6 +112,7 @@ impl Documents {
         let mut part = Part::new(&id, &group);
         // Held to the end, so that it stays in memory and is brought up to date there.
         let document = self.open_in(&id, &group).await?;
+        let _taking = TakingContents::begin(&document);
         if let Some(base) = base
             && !self.install(&document, &base, &part).await?
         {

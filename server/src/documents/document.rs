@@ -21,6 +21,7 @@ use isobar_protocol::wire::{RemoteHeads, SharedSyncFrame};
 use parking_lot::{Mutex, MutexGuard};
 
 use super::LoadError;
+use super::receipts::Ways;
 use crate::commit::{Committer, Logged, Permit, Staged, Submission};
 use crate::outbox::{Ephemeral, LossyFrame, Outbox, Slot};
 use crate::storage::StoredChange;
@@ -122,11 +123,12 @@ pub struct DocumentState {
     pub(super) graph: Graph,
     /// The base's generation; 0 without a base.
     pub(super) generation: u64,
-    group: PlacementGroup,
+    pub(super) group: PlacementGroup,
     /// Storage knows the document, or is about to: its group is settled.
     placed: bool,
     pub(super) quarantined: bool,
     deleted: bool,
+    pub(super) ways: Ways,
     /// Changes among the pending ones that another origin's log names, and whether they are stored already.
     waiting: HashMap<ChangeHash, Logged>,
     pub(super) compacting: bool,
@@ -278,6 +280,7 @@ impl Document {
             placed: loaded.exists,
             quarantined: loaded.quarantined,
             deleted: loaded.deleted,
+            ways: Ways::of_loaded(loaded.exists),
             waiting: loaded.waiting.into_iter().map(|hash| (hash, Logged::Stored)).collect(),
             compacting: false,
             compaction_after: now,

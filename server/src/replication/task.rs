@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use isobar_protocol::ids::{OriginId, RegionName, Seq};
 use isobar_protocol::link::{LinkFrame, Progress};
+use isobar_protocol::receipts::Receipts;
 use isobar_protocol::replica::{LinkId, LinkStatus, Moment, Peer, Replica};
 use tokio::sync::{mpsc, oneshot};
 
@@ -16,6 +17,7 @@ use crate::storage::Acknowledgement;
 
 mod effects;
 mod exchange;
+mod receipts;
 
 use exchange::Exchange;
 
@@ -41,6 +43,7 @@ pub(super) struct Task {
     events: mpsc::WeakSender<Event>,
     links: HashMap<LinkId, Up>,
     exchange: Exchange,
+    receipts: Receipts,
     /// Ends when the last run of an origin has taken its place in the queue to the log.
     last_placed: HashMap<OriginId, oneshot::Receiver<()>>,
     /// Acknowledgements that are not noted in the database yet.
@@ -62,6 +65,7 @@ impl Task {
             events: events.downgrade(),
             links: HashMap::new(),
             exchange: Exchange::default(),
+            receipts: Receipts::default(),
             last_placed: HashMap::new(),
             unnoted: HashMap::new(),
             started: Instant::now(),
@@ -95,7 +99,12 @@ impl Task {
                         self.replica.own_appended(now, progress);
                     });
                 }
-                _ = ticks.tick(), if !self.links.is_empty() => self.replica.tick(self.now()),
+                _ = ticks.tick(), if !self.links.is_empty() => {
+                    let now = self.now();
+                    self.replica.tick(now);
+                    self.receipts.tick(now, &self.replica);
+                    self.perform_receipts();
+                }
                 _ = upkeep.tick() => self.look_after(),
             }
             self.perform_all();
@@ -122,6 +131,7 @@ impl Task {
             Event::Reply { link, frame } => self.send(link, frame),
             Event::Fetched { request } => self.exchange.settle(request, &SearchOutcome::Found),
             Event::Presence(message) => self.relay_presence(&message),
+            Event::Observed { observed, left } => self.observe(observed, &left),
         }
     }
 
@@ -147,6 +157,9 @@ impl Task {
         self.shared.heard.lock().insert(peer.region.clone(), Instant::now());
         self.replica.link_opened(self.now(), link, peer.clone());
         self.links.insert(link, Up { peer, dialled_by_first, outgoing });
+        let groups = self.links[&link].peer.groups.clone();
+        self.receipts.link_opened(self.now(), link, groups, &self.replica);
+        self.perform_receipts();
         self.offer_interests(link);
         self.offer_searches(link);
         true
@@ -164,6 +177,7 @@ impl Task {
     fn closed(&mut self, link: LinkId) {
         let Some(up) = self.links.remove(&link) else { return };
         up.outgoing.close();
+        self.parts.receipts.forget(&up.peer.region);
         let mut linked = self.shared.linked.lock();
         if linked.get(&up.peer.region) == Some(&link) {
             linked.remove(&up.peer.region);
@@ -172,6 +186,7 @@ impl Task {
         }
         drop(linked);
         self.exchange.link_closed(link);
+        self.receipts.link_closed(link);
         self.replica.link_closed(self.now(), link);
     }
 
@@ -182,7 +197,12 @@ impl Task {
             return self.closed(link);
         }
         if let Some(frame) = self.receive_exchange(link, frame) {
+            let announces = matches!(frame, LinkFrame::Have { .. });
             self.replica.receive(self.now(), link, frame);
+            if announces {
+                self.receipts.announced(self.now(), link, &self.replica);
+                self.perform_receipts();
+            }
         }
     }
 

@@ -10,10 +10,10 @@ use super::{
 };
 use crate::config::{
     CLIENT_URL_BYTES_MAX, ELSEWHERE_URLS_MAX, INTEREST_DOCUMENTS_MAX, LINK_FRAME_BYTES_MAX, LINK_ORIGINS_MAX,
-    LINK_REASON_BYTES_MAX, PEER_ID_BYTES_MAX, PRESENCE_DATA_BYTES_MAX, SCRUB_BUCKETS, SCRUB_DOCUMENTS_MAX,
-    SCRUB_PREFIX_BYTES_MAX, SNAPSHOT_PAGE_DOCUMENTS_MAX,
+    LINK_REASON_BYTES_MAX, PEER_ID_BYTES_MAX, PRESENCE_DATA_BYTES_MAX, RECEIPT_HEADS_MAX, SCRUB_BUCKETS,
+    SCRUB_DOCUMENTS_MAX, SCRUB_PREFIX_BYTES_MAX, SNAPSHOT_PAGE_DOCUMENTS_MAX,
 };
-use crate::ids::{DocumentId, Seq};
+use crate::ids::{ChangeHash, DocumentId, Seq};
 use crate::leb128::ReadError;
 use crate::link::{BaseContents, DocumentContents, Fingerprints, LinkFrame, Progress, Standing};
 
@@ -78,6 +78,13 @@ fn read(kind: u8, fields: &mut Fields<'_>) -> Result<Option<LinkFrame>, ReadErro
         kind::SCRUB_ANSWER => {
             LinkFrame::ScrubAnswer { request: request(fields)?, fingerprints: fingerprints(fields)? }
         }
+        kind::HEADS_REQUEST => LinkFrame::HeadsRequest {
+            request: request(fields)?,
+            document: fields.document()?,
+            heads: fields
+                .list("heads", 32, RECEIPT_HEADS_MAX, |fields| fields.array("head").map(ChangeHash))?,
+        },
+        kind::HEADS_ANSWER => LinkFrame::HeadsAnswer { request: request(fields)?, has: truth(fields)? },
         kind::FAILED => {
             LinkFrame::Failed { message: fields.text("reason", LINK_REASON_BYTES_MAX)?.to_owned() }
         }
@@ -91,6 +98,15 @@ fn seq(fields: &mut Fields<'_>) -> Result<Seq, ReadError> {
 
 fn request(fields: &mut Fields<'_>) -> Result<u64, ReadError> {
     fields.unsigned("request")
+}
+
+fn truth(fields: &mut Fields<'_>) -> Result<bool, ReadError> {
+    let malformed = fields.malformed("truth");
+    match fields.byte("truth")? {
+        0 => Ok(false),
+        1 => Ok(true),
+        _ => Err(malformed),
+    }
 }
 
 fn next_document(fields: &mut Fields<'_>) -> Result<Option<DocumentId>, ReadError> {

@@ -87,6 +87,15 @@ pub(super) fn encode(frame: &LinkFrame) -> Vec<u8> {
             put_number(out, kind::SCRUB_ANSWER, *request);
             put_fingerprints(out, fingerprints);
         }
+        LinkFrame::HeadsRequest { request, document, heads } => {
+            put_number(out, kind::HEADS_REQUEST, *request);
+            put_document(out, document);
+            put_list(out, heads, |out, head| out.extend_from_slice(&head.0));
+        }
+        LinkFrame::HeadsAnswer { request, has } => {
+            put_number(out, kind::HEADS_ANSWER, *request);
+            out.push(u8::from(*has));
+        }
         LinkFrame::Failed { message } => {
             out.push(kind::FAILED);
             put_bytes(out, &message.as_bytes()[..message.floor_char_boundary(LINK_REASON_BYTES_MAX)]);

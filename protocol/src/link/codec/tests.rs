@@ -9,7 +9,7 @@ use crate::config::{
     LINK_REASON_BYTES_MAX, PRESENCE_DATA_BYTES_MAX, SCRUB_BUCKETS, SCRUB_DOCUMENTS_MAX,
     SCRUB_PREFIX_BYTES_MAX, SNAPSHOT_PAGE_DOCUMENTS_MAX,
 };
-use crate::ids::{DocumentId, OriginId, PlacementGroup, RegionName, Seq};
+use crate::ids::{ChangeHash, DocumentId, OriginId, PlacementGroup, RegionName, Seq};
 use crate::leb128::ReadProblem;
 use crate::link::{BaseContents, DocumentContents, Fingerprints, Progress, Standing};
 use crate::log::Chain;
@@ -116,6 +116,9 @@ fn frame_beside_the_log() -> impl Strategy<Value = LinkFrame> {
         ),
         (request(), document()).prop_map(|(request, document)| LinkFrame::Find { request, document }),
         (request(), standing).prop_map(|(request, standing)| LinkFrame::Found { request, standing }),
+        (request(), document(), vec(any::<[u8; 32]>().prop_map(ChangeHash), 0..5))
+            .prop_map(|(request, document, heads)| LinkFrame::HeadsRequest { request, document, heads }),
+        (request(), any::<bool>()).prop_map(|(request, has)| LinkFrame::HeadsAnswer { request, has }),
         (request(), document())
             .prop_map(|(request, document)| LinkFrame::DocumentRequest { request, document }),
         (request(), option::of(contents()))

@@ -116,6 +116,10 @@ impl Task {
             LinkFrame::Presence { document, sender, session, count, data } => {
                 self.receive_presence(link, Ephemeral { sender, document, session, count, data });
             }
+            LinkFrame::HeadsRequest { request, document, heads } => {
+                self.answer_heads(link, request, document, heads);
+            }
+            LinkFrame::HeadsAnswer { request, has } => self.heads_answered(link, request, has),
             other => return Some(other),
         }
         None

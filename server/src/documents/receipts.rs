@@ -1,0 +1,108 @@
+//! What receipts need to know of a document: its durable heads, whether heads of others are durable here, and by which
+//! ways its changes came (`isobar_protocol::receipts` says why that matters).
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use isobar_protocol::config::RECEIPT_HEADS_MAX;
+use isobar_protocol::ids::{ChangeHash, DocumentId, PlacementGroup};
+use isobar_protocol::receipts::Baseline;
+
+use super::{Document, Documents, LoadError};
+
+/// By which ways a document's changes came.
+#[derive(Debug)]
+pub(super) struct Ways {
+    baseline: Baseline,
+    /// How many contents of other regions are being taken in.
+    contents: u32,
+}
+
+impl Ways {
+    /// Of a document that was found in storage, or not.
+    pub(super) fn of_loaded(exists: bool) -> Self {
+        Self { baseline: if exists { new_baseline() } else { Baseline::NOTHING }, contents: 0 }
+    }
+}
+
+/// A number that no document of this process has had.
+fn new_baseline() -> Baseline {
+    static LAST: AtomicU64 = AtomicU64::new(Baseline::NOTHING.0);
+    Baseline(LAST.fetch_add(1, Ordering::Relaxed) + 1)
+}
+
+/// What is durable of a document at one moment.
+pub(crate) struct Durable {
+    pub(crate) group: PlacementGroup,
+    pub(crate) heads: Vec<ChangeHash>,
+    pub(crate) baseline: Baseline,
+    /// No change waits for a dependency.
+    pub(crate) is_closed: bool,
+    /// Changes are coming in by a way that the logs here say nothing of: the heads are true, and mean nothing for others.
+    pub(crate) in_flux: bool,
+}
+
+/// Another region's contents on their way into a document. When it is dropped they are there, as far as they ever will be.
+pub(super) struct TakingContents(Arc<Document>);
+
+impl TakingContents {
+    pub(super) fn begin(document: &Arc<Document>) -> Self {
+        document.lock().ways.contents += 1;
+        Self(document.clone())
+    }
+}
+
+impl Drop for TakingContents {
+    fn drop(&mut self) {
+        let mut state = self.0.lock();
+        state.ways.contents -= 1;
+        state.ways.baseline = new_baseline();
+    }
+}
+
+impl Document {
+    /// What is durable; nothing while that is nothing, and of a document that is out of service or has too many heads to name.
+    pub(crate) fn durable(&self) -> Option<Durable> {
+        let state = self.lock();
+        if state.is_withheld() || state.graph.durable_end() == 0 {
+            return None;
+        }
+        let heads = state.graph.heads();
+        (heads.len() <= RECEIPT_HEADS_MAX).then(|| Durable {
+            group: state.group.clone(),
+            heads,
+            baseline: state.ways.baseline,
+            is_closed: state.graph.pending_count() == 0,
+            in_flux: state.ways.contents > 0,
+        })
+    }
+
+    /// Where the durable changes end: it moves whenever the durable heads do.
+    pub(crate) fn durable_end(&self) -> u64 {
+        self.lock().graph.durable_end()
+    }
+}
+
+impl Documents {
+    /// Whether all of these changes of a document are durable here and in service.
+    pub(crate) async fn holds(&self, id: &DocumentId, heads: &[ChangeHash]) -> Result<bool, LoadError> {
+        let document = self.open(id).await?;
+        let missing = |document: &Document| -> Option<Vec<ChangeHash>> {
+            let state = document.lock();
+            let graph = state.graph();
+            let is_durable =
+                |head: &ChangeHash| graph.position(head).is_some_and(|it| it < graph.durable_end());
+            (!state.is_withheld()).then(|| heads.iter().filter(|head| !is_durable(head)).copied().collect())
+        };
+        match missing(&document) {
+            None => Ok(false),
+            Some(missing) if missing.is_empty() => Ok(true),
+            Some(_) if !document.lock().graph().has_base() => Ok(false),
+            // Only the index tells what is inside the base.
+            Some(missing) => {
+                let (_, index) = self.read_index(id).await?;
+                Ok(missing.iter().all(|head| index.position_of(head).is_some()))
+            }
+        }
+    }
+}
