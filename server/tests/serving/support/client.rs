@@ -10,9 +10,11 @@ use automerge::{AutoCommit, ROOT, ReadDoc};
 use bytes::Bytes;
 use futures_util::{SinkExt, StreamExt};
 use isobar_protocol::chunk::{ChunkKind, chunks};
-use isobar_protocol::ids::{ChangeHash, DocumentId, PeerId};
+use isobar_protocol::ids::{ChangeHash, DocumentId, PeerId, StorageId};
 use isobar_protocol::sync_message::{Have, SyncFlags, SyncMessage, SyncVersion};
-use isobar_protocol::wire::{self, ClientFrame, ElsewhereFrame, PeerFrame, PeerMetadata};
+use isobar_protocol::wire::{
+    self, ClientFrame, ElsewhereFrame, PeerFrame, PeerMetadata, ReceiptFrame, Saved,
+};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::{self, Message};
@@ -71,6 +73,7 @@ pub enum Heard {
     Elsewhere(ElsewhereFrame),
     Ephemeral { sender: String, count: u64, data: Vec<u8> },
     RemoteHeads(DocumentId),
+    Receipt(ReceiptFrame),
     Error(String),
     Ping,
     Pong,
@@ -92,6 +95,10 @@ pub struct Client {
     pub documents: BTreeMap<DocumentId, Open>,
     /// Sends messages without the flags that say that version 2 is understood.
     pub is_old: bool,
+    /// The last receipt of each document, by region.
+    pub receipts: BTreeMap<(DocumentId, String), Saved>,
+    /// What was reported of other storages last.
+    pub remote_heads: BTreeMap<(DocumentId, StorageId), Vec<ChangeHash>>,
     socket: WebSocketStream<Line>,
     error: Option<String>,
 }
@@ -129,6 +136,8 @@ impl Client {
                 server: PeerId::new("unknown").unwrap(),
                 documents: BTreeMap::new(),
                 is_old: false,
+                receipts: BTreeMap::new(),
+                remote_heads: BTreeMap::new(),
                 socket,
                 error: None,
             })
@@ -312,14 +321,25 @@ impl Client {
             ClientFrame::Ephemeral { sender_id, count, data, .. } => {
                 Heard::Ephemeral { sender: sender_id.to_owned(), count, data: data.to_vec() }
             }
-            ClientFrame::RemoteHeadsChanged { document, .. } => Heard::RemoteHeads(document),
+            ClientFrame::RemoteHeadsChanged { document, heads, .. } => {
+                for it in heads {
+                    self.remote_heads.insert((document.clone(), it.storage_id), it.heads);
+                }
+                Heard::RemoteHeads(document)
+            }
             ClientFrame::Error { message } => {
                 self.error = Some(message.to_owned());
                 Heard::Error(message.to_owned())
             }
-            other => match ElsewhereFrame::decode(frame).unwrap() {
-                Some(elsewhere) => Heard::Elsewhere(elsewhere),
-                None => panic!("the server sent {other:?}"),
+            other => match (ElsewhereFrame::decode(frame).unwrap(), ReceiptFrame::decode(frame).unwrap()) {
+                (Some(elsewhere), _) => Heard::Elsewhere(elsewhere),
+                (_, Some(receipt)) => {
+                    for it in receipt.saved.iter().cloned() {
+                        self.receipts.insert((receipt.document.clone(), it.region.to_string()), it);
+                    }
+                    Heard::Receipt(receipt)
+                }
+                _ => panic!("the server sent {other:?}"),
             },
         }
     }
