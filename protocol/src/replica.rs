@@ -120,6 +120,11 @@ pub enum Effect {
         link: LinkId,
         frame: LinkFrame,
     },
+    /// Send entries of a stream that catches up: behind what else is sent, but in the order of the origin's entries.
+    SendCatchUp {
+        link: LinkId,
+        frame: LinkFrame,
+    },
     /// Send what was sent, then close.
     Close {
         link: LinkId,

@@ -156,7 +156,7 @@ impl World {
     fn perform(&mut self, at: usize, effect: Effect) {
         let now = self.now;
         match effect {
-            Effect::Send { link, frame } => {
+            Effect::Send { link, frame } | Effect::SendCatchUp { link, frame } => {
                 if let Some((to, there)) = self.links.get(&(at, link)).copied() {
                     self.sent.push((at, frame.clone()));
                     self.queue.push_back((to, there, frame));

@@ -86,6 +86,7 @@ impl App {
             metrics: metrics.clone(),
             receipts: receipts.clone(),
             advertise: settings.advertise.clone(),
+            peer_rate_limit: settings.peer_rate_limit,
         };
         let stop_upkeep = CancellationToken::new();
         let regions = Regions::start(&settings, &storage_id, parts, &stop_upkeep).await?;

@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -25,6 +26,9 @@ pub mod cluster;
 /// Where other regions reach this one, unless it is said otherwise.
 const PEER_LISTEN_DEFAULT: SocketAddr =
     SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 4401);
+
+/// Smallest limit of what is sent to a peer, in bytes a second: a frame of entries then takes four seconds at most.
+const PEER_RATE_LIMIT_MIN: u64 = 64 << 10;
 
 /// The variable that holds the regions' shared secret.
 const CLUSTER_KEY_VARIABLE: &str = "ISOBAR_CLUSTER_KEY";
@@ -81,6 +85,10 @@ pub struct ServeArgs {
     #[arg(long, value_name = "FILE")]
     pub peer_tls_ca: Option<PathBuf>,
 
+    /// Bytes a second that are sent to one peer at most, as they leave, compressed; at least 65536 [default: no limit]
+    #[arg(long, value_name = "BYTES_PER_SECOND")]
+    pub peer_rate_limit: Option<u64>,
+
     /// Where clients reach this region, as clients of other regions are told: ws://HOST:PORT or wss://HOST
     #[arg(long, value_name = "URL")]
     pub advertise: Option<String>,
@@ -130,6 +138,8 @@ pub struct Settings {
     pub peer_tls_cert: Option<PathBuf>,
     pub peer_tls_key: Option<PathBuf>,
     pub peer_tls_ca: Option<PathBuf>,
+    /// Bytes a second that are sent to one peer at most.
+    pub peer_rate_limit: Option<NonZeroU64>,
     pub groups: Groups,
     /// How long log entries are kept after every region has acknowledged them.
     pub log_keep_hours: u64,
@@ -233,6 +243,12 @@ impl Settings {
         if self.peers.len() > PEERS_MAX {
             bail!("there are {} peers, allowed are {PEERS_MAX}", self.peers.len());
         }
+        if self.peer_rate_limit.is_some_and(|limit| limit.get() < PEER_RATE_LIMIT_MIN) {
+            bail!(
+                "peer_rate_limit is below {PEER_RATE_LIMIT_MIN} bytes a second: an edit would wait for seconds behind \
+                 a single frame"
+            );
+        }
         match (&self.peer_tls_cert, &self.peer_tls_key) {
             (Some(_), None) => {
                 bail!("peer_tls_cert is set, but not peer_tls_key: a certificate is of no use without")
@@ -333,6 +349,7 @@ fn with_flags(builder: Builder, args: &ServeArgs) -> Result<Builder, config::Con
         .set_override_option("advertise", args.advertise.clone())?
         .set_override_option("cluster_id", args.cluster_id.clone())?
         .set_override_option("cluster_key_file", path(&args.cluster_key_file))?
+        .set_override_option("peer_rate_limit", args.peer_rate_limit)?
         .set_override_option("peer_tls_cert", path(&args.peer_tls_cert))?
         .set_override_option("peer_tls_key", path(&args.peer_tls_key))?
         .set_override_option("peer_tls_ca", path(&args.peer_tls_ca))?
@@ -343,7 +360,7 @@ fn with_flags(builder: Builder, args: &ServeArgs) -> Result<Builder, config::Con
 /// The variables of our prefix that are settings. `ISOBAR_CONFIG` names the file, `ISOBAR_CLUSTER_KEY` is a secret that
 /// must not appear in messages about settings, and tests have names of their own.
 fn settings_in_environment() -> anyhow::Result<HashMap<String, String>> {
-    const NAMES: [&str; 25] = [
+    const NAMES: [&str; 26] = [
         "REGION",
         "DATABASE",
         "LISTEN",
@@ -356,6 +373,7 @@ fn settings_in_environment() -> anyhow::Result<HashMap<String, String>> {
         "ADVERTISE",
         "CLUSTER_ID",
         "CLUSTER_KEY_FILE",
+        "PEER_RATE_LIMIT",
         "PEER_TLS_CERT",
         "PEER_TLS_KEY",
         "PEER_TLS_CA",

@@ -17,6 +17,7 @@
 //! replica's windows ([`outgoing`]). A run that is being stored counts against the committer's budget.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -40,6 +41,7 @@ mod dial;
 mod envelope;
 mod link;
 mod outgoing;
+mod pace;
 mod snapshot;
 mod task;
 mod tls;
@@ -153,6 +155,8 @@ pub struct Parts {
     pub receipts: Arc<Receipts>,
     /// Where this region's clients reach it.
     pub advertise: Option<String>,
+    /// Bytes a second that a link may send.
+    pub peer_rate_limit: Option<NonZeroU64>,
 }
 
 /// How far the regions are, for operators and for truncation.
@@ -176,6 +180,7 @@ pub struct Replication {
 /// What is seen from outside the task.
 struct Shared {
     next_link: AtomicU64,
+    peer_rate_limit: Option<NonZeroU64>,
     /// By region, of the links that are up.
     linked: Mutex<HashMap<RegionName, LinkId>>,
     view: Mutex<View>,
@@ -206,6 +211,7 @@ impl Replication {
         let (events, queue) = mpsc::channel(EVENTS_MAX);
         let shared = Arc::new(Shared {
             next_link: AtomicU64::new(1),
+            peer_rate_limit: parts.peer_rate_limit,
             linked: Mutex::default(),
             view: Mutex::default(),
             acknowledged: Mutex::new(acknowledged),

@@ -173,9 +173,26 @@ impl Metrics {
         });
     }
 
+    /// The counters of what is sent to a region.
+    pub fn link_sent(&self, region: &RegionName) -> LinkSent {
+        let region = region.as_str().to_owned();
+        metrics::with_local_recorder(&self.recorder, || LinkSent {
+            bytes: counter!("isobar_link_region_bytes_sent_total", "region" => region.clone()),
+            throttled_microseconds: counter!("isobar_link_throttled_microseconds_total", "region" => region),
+        })
+    }
+
     pub fn materialised(&self, reason: MaterialiseReason) {
         metrics::with_local_recorder(&self.recorder, || materialised_counter(reason).increment(1));
     }
+}
+
+/// What is sent to one region.
+pub struct LinkSent {
+    /// Compressed.
+    pub bytes: Counter,
+    /// Time for which something waited because the link's budget was spent.
+    pub throttled_microseconds: Counter,
 }
 
 impl Default for Metrics {

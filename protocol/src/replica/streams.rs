@@ -174,8 +174,11 @@ impl Replica {
             known.in_flight_bytes += body.len();
             known.catching_up_bytes += if catching_up { body.len() } else { 0 };
             stream.in_flight.push_back(InFlight { last, bytes: body.len(), catching_up });
-            self.effects
-                .push(Effect::Send { link, frame: LinkFrame::Entries { origin: id, first, chain, body } });
+            let frame = LinkFrame::Entries { origin: id, first, chain, body };
+            self.effects.push(match catching_up {
+                true => Effect::SendCatchUp { link, frame },
+                false => Effect::Send { link, frame },
+            });
         }
     }
 }

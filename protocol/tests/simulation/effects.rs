@@ -43,7 +43,7 @@ impl World {
     fn perform(&mut self, at: usize, effect: Effect) {
         let life = self.regions[at].life;
         match effect {
-            Effect::Send { link, frame } => {
+            Effect::Send { link, frame } | Effect::SendCatchUp { link, frame } => {
                 self.check_frame(at, link, &frame);
                 if let Some((connection, side)) = self.connection_of(at, link) {
                     self.send(connection, side, &frame);

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::{Sink, SinkExt, Stream, StreamExt};
@@ -16,8 +16,9 @@ use tokio_tungstenite::tungstenite::{self, Message};
 
 use super::envelope::{Envelope, MESSAGE_BYTES_MAX, Opener, Sealer};
 use super::outgoing::Outgoing;
+use super::pace::Pace;
 use super::{Event, Replication};
-use crate::telemetry::Metrics;
+use crate::telemetry::{LinkSent, Metrics};
 
 /// How long the handshake may take.
 const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(10);
@@ -173,6 +174,8 @@ where
 {
     let link = LinkId(replication.shared.next_link.fetch_add(1, Ordering::Relaxed));
     let outgoing = Arc::new(Outgoing::default());
+    let pace = Pace::new(replication.shared.peer_rate_limit, Instant::now());
+    let counted = metrics.link_sent(&peer.region);
     let (kept, is_kept) = oneshot::channel();
     let opened = Event::Opened { link, peer, dialled_here, outgoing: outgoing.clone(), kept };
     replication.events.send(opened).await.map_err(|_| LinkError::Closed)?;
@@ -182,7 +185,7 @@ where
     let (sink, stream) = socket.split();
     let ended = tokio::select! {
         ended = read(replication, metrics, link, stream) => ended,
-        ended = write(metrics, &outgoing, sink) => ended,
+        ended = write(metrics, &counted, &outgoing, pace, sink) => ended,
         () = async { outgoing.closed().await; tokio::time::sleep(CLOSE_PATIENCE).await } => Ok(()),
     };
     let _ = replication.events.send(Event::Closed { link }).await;
@@ -213,22 +216,27 @@ async fn read(
 
 async fn write(
     metrics: &Metrics,
+    counted: &LinkSent,
     outgoing: &Outgoing,
+    mut pace: Pace,
     mut sink: impl Sink<Message, Error = tungstenite::Error> + Unpin,
 ) -> Result<(), LinkError> {
     let mut sealer = Sealer::new()?;
     loop {
         let mut envelope = Envelope::default();
-        let taken = outgoing.take(|frame| {
+        let taken = outgoing.take(pace.free_at(), |frame| {
             envelope.push(&frame);
             !envelope.is_full()
         });
-        if taken.await.is_none() {
+        let Some(held) = taken.await else {
             sink.close().await?;
             return Ok(());
-        }
+        };
+        counted.throttled_microseconds.increment(held.as_micros() as u64);
         let (message, raw) = sealer.seal(envelope)?;
         metrics.link_bytes_sent.increment(message.len() as u64);
+        counted.bytes.increment(message.len() as u64);
+        pace.sent(Instant::now(), message.len());
         metrics.link_bytes_before_compression.increment(raw as u64);
         sink.send(Message::Binary(message)).await?;
     }

@@ -1,11 +1,18 @@
-//! What waits to be sent on one link.
+//! What waits to be sent on one link, and in which order it goes.
+//!
+//! Frames wait in lanes. What keeps the link alive and in step goes at once, always. What people wait for — edits as
+//! they are made, questions, then presence — goes before whole documents and entries of streams that catch up; while both
+//! wait, those get a turn when as many bytes went before them, so that they have half of the link and are never shut out.
+//! Entries of one origin keep their order, whatever lanes they would belong to.
 //!
 //! Entries are bounded by the link's window, answers by the peer's questions, and the rest is small and rare; presence is
 //! lossy and has a short queue of its own, out of which the oldest falls first.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
+use std::time::{Duration, Instant};
 
-use isobar_protocol::link::LinkFrame;
+use isobar_protocol::ids::OriginId;
+use isobar_protocol::link::{DocumentContents, LinkFrame};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -13,10 +20,103 @@ use tokio_util::sync::CancellationToken;
 /// Presence frames that wait on one link at most.
 const PRESENCE_MAX: usize = 1_024;
 
+/// What a small frame is taken to weigh, in bytes.
+const SMALL_BYTES: usize = 64;
+
 #[derive(Default)]
 struct Waiting {
-    frames: VecDeque<LinkFrame>,
+    /// Never held back.
+    vital: VecDeque<LinkFrame>,
+    live: VecDeque<LinkFrame>,
     presence: VecDeque<LinkFrame>,
+    bulk: VecDeque<LinkFrame>,
+    /// How many frames of each origin are in `bulk`.
+    in_bulk: HashMap<OriginId, usize>,
+    /// Bytes that went before `bulk` and gave it no turn yet.
+    owed_bytes: usize,
+}
+
+/// Whose entries a frame is about, if their order matters.
+fn origin_of(frame: &LinkFrame) -> Option<OriginId> {
+    match frame {
+        LinkFrame::Entries { origin, .. } | LinkFrame::Truncated { origin, .. } => Some(*origin),
+        _ => None,
+    }
+}
+
+/// Bytes of a frame, roughly.
+fn weight(frame: &LinkFrame) -> usize {
+    let contents = |it: &DocumentContents| {
+        let base = it.base.as_ref().map_or(0, |it| it.summary.len() + it.index.len() + it.chunk.len());
+        base + it.changes.iter().map(|change| change.len()).sum::<usize>()
+    };
+    SMALL_BYTES
+        + match frame {
+            LinkFrame::Entries { body, .. } => body.len(),
+            LinkFrame::SnapshotPage { documents, .. } => documents.iter().map(contents).sum(),
+            LinkFrame::DocumentAnswer { contents: Some(document), .. } => contents(document),
+            LinkFrame::Presence { data, .. } => data.len(),
+            _ => 0,
+        }
+}
+
+impl Waiting {
+    fn push(&mut self, frame: LinkFrame, catching_up: bool) {
+        let origin = origin_of(&frame);
+        let behind_its_own = origin.is_some_and(|origin| self.in_bulk.contains_key(&origin));
+        match frame {
+            LinkFrame::Ping { .. }
+            | LinkFrame::Pong { .. }
+            | LinkFrame::Have { .. }
+            | LinkFrame::Subscribe { .. }
+            | LinkFrame::Unsubscribe { .. }
+            | LinkFrame::Failed { .. } => self.vital.push_back(frame),
+            LinkFrame::SnapshotPage { .. } | LinkFrame::DocumentAnswer { .. } => self.bulk.push_back(frame),
+            _ if catching_up || behind_its_own => {
+                origin.into_iter().for_each(|origin| *self.in_bulk.entry(origin).or_default() += 1);
+                self.bulk.push_back(frame);
+            }
+            _ => self.live.push_back(frame),
+        }
+    }
+
+    /// What goes next; with no bytes to spend, of what is never held back.
+    fn next(&mut self, may_spend: bool) -> Option<LinkFrame> {
+        if !self.vital.is_empty() || !may_spend {
+            return self.vital.pop_front();
+        }
+        if self.bulk.front().is_some_and(|frame| weight(frame) <= self.owed_bytes) {
+            return self.next_of_bulk();
+        }
+        match self.live.pop_front().or_else(|| self.presence.pop_front()) {
+            Some(frame) => {
+                self.owed_bytes += if self.bulk.is_empty() { 0 } else { weight(&frame) };
+                Some(frame)
+            }
+            None => self.next_of_bulk(),
+        }
+    }
+
+    fn next_of_bulk(&mut self) -> Option<LinkFrame> {
+        let frame = self.bulk.pop_front()?;
+        self.owed_bytes = self.owed_bytes.saturating_sub(weight(&frame));
+        if self.bulk.is_empty() {
+            self.owed_bytes = 0;
+        }
+        if let Some(origin) = origin_of(&frame)
+            && let Some(count) = self.in_bulk.get_mut(&origin)
+        {
+            *count -= 1;
+            if *count == 0 {
+                self.in_bulk.remove(&origin);
+            }
+        }
+        Some(frame)
+    }
+
+    fn len(&self) -> usize {
+        self.vital.len() + self.live.len() + self.presence.len() + self.bulk.len()
+    }
 }
 
 /// See the module. Shared between the replication task and the link's.
@@ -29,7 +129,13 @@ pub(super) struct Outgoing {
 
 impl Outgoing {
     pub(super) fn push(&self, frame: LinkFrame) {
-        self.waiting.lock().frames.push_back(frame);
+        self.waiting.lock().push(frame, false);
+        self.news.notify_one();
+    }
+
+    /// Queues a frame of a stream that catches up.
+    pub(super) fn push_catch_up(&self, frame: LinkFrame) {
+        self.waiting.lock().push(frame, true);
         self.news.notify_one();
     }
 
@@ -46,7 +152,7 @@ impl Outgoing {
         full
     }
 
-    /// Sends what waits, then ends the link.
+    /// Sends what waits and may go, then ends the link.
     pub(super) fn close(&self) {
         self.closed.cancel();
         self.news.notify_one();
@@ -57,34 +163,51 @@ impl Outgoing {
         self.closed.cancelled().await;
     }
 
-    /// The next frames, presence first, as many as `fits` takes; nothing once the link is to end.
-    pub(super) async fn take(&self, mut fits: impl FnMut(LinkFrame) -> bool) -> Option<()> {
+    /// The next frames in their order, as many as `fits` takes; before `free_at` only those that are never held back.
+    /// Answers how long frames were held back for it, or nothing once the link is to end.
+    pub(super) async fn take(
+        &self,
+        free_at: Option<Instant>,
+        mut fits: impl FnMut(LinkFrame) -> bool,
+    ) -> Option<Duration> {
+        let mut held_since: Option<Instant> = None;
         loop {
-            {
+            let now = Instant::now();
+            let free_at = free_at.filter(|at| *at > now);
+            let held = {
                 let mut waiting = self.waiting.lock();
                 let mut taken = false;
-                while let Some(frame) = waiting.presence.pop_front().or_else(|| waiting.frames.pop_front()) {
+                while let Some(frame) = waiting.next(free_at.is_none()) {
                     taken = true;
                     if !fits(frame) {
                         break;
                     }
                 }
                 if taken {
-                    if !waiting.frames.is_empty() || !waiting.presence.is_empty() {
-                        self.news.notify_one();
-                    }
-                    return Some(());
+                    return Some(held_since.map_or(Duration::ZERO, |since| now - since));
                 }
                 if self.closed.is_cancelled() {
                     return None;
                 }
+                waiting.len() > 0
+            };
+            match free_at {
+                Some(at) if held => {
+                    held_since.get_or_insert(now);
+                    tokio::select! {
+                        () = self.news.notified() => {}
+                        () = tokio::time::sleep_until(at.into()) => {}
+                    }
+                }
+                _ => self.news.notified().await,
             }
-            self.news.notified().await;
         }
     }
 
     pub(super) fn len(&self) -> usize {
-        let waiting = self.waiting.lock();
-        waiting.frames.len() + waiting.presence.len()
+        self.waiting.lock().len()
     }
 }
+
+#[cfg(test)]
+mod tests;

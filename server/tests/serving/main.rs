@@ -13,6 +13,7 @@ mod groups;
 mod hostile;
 mod lifecycle;
 mod links;
+mod pace;
 mod receipts;
 mod replication;
 mod support;

@@ -23,6 +23,11 @@ impl Task {
     fn perform(&mut self, effect: Effect) {
         match effect {
             Effect::Send { link, frame } => self.send(link, frame),
+            Effect::SendCatchUp { link, frame } => {
+                if let Some(up) = self.links.get(&link) {
+                    up.outgoing.push_catch_up(frame);
+                }
+            }
             Effect::Close { link, reason } => self.close(link, reason),
             Effect::ReadLog { link, origin, after, bytes_max } => {
                 self.read_log(link, origin, after, bytes_max);
