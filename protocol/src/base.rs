@@ -207,6 +207,21 @@ impl BaseIndex {
         index
     }
 
+    /// The index of the first `len` changes: that of an earlier base, if this one goes on from it.
+    ///
+    /// # Panics
+    /// If it is shorter.
+    pub fn prefix(mut self, len: usize) -> Self {
+        assert!(len <= self.len(), "a later base covers more");
+        self.hashes.truncate(len);
+        self.actors.truncate(len);
+        self.max_ops.truncate(len);
+        self.parent_ends.truncate(len);
+        self.parents.truncate(self.parent_ends.last().map_or(0, |end| *end as usize));
+        self.derive();
+        self
+    }
+
     fn derive(&mut self) {
         self.by_hash = (0..self.hashes.len() as u32).collect();
         let hashes = &self.hashes;

@@ -180,6 +180,8 @@ struct Origin {
     group: PlacementGroup,
     /// This node writes it.
     own: bool,
+    /// Another node of the region writes it, into the same database: it is taken from nobody.
+    sibling: bool,
     durable: (Seq, Chain),
     /// Handed over to be stored; never before `durable`.
     received: (Seq, Chain),
@@ -201,6 +203,7 @@ impl Origin {
             region: progress.region.clone(),
             group: progress.group.clone(),
             own,
+            sibling: false,
             durable: at,
             received: at,
             handed: at.0,
@@ -374,6 +377,31 @@ impl Replica {
         self.pump_origin(now, progress.origin);
     }
 
+    /// Another node of the region, which stores into the same database, has stored entries of its own origin up to here. An
+    /// origin that does not move is what it was: nobody may be writing it any more.
+    pub fn sibling_appended(&mut self, now: Moment, progress: Progress) {
+        let id = progress.origin;
+        match self.origins.get(&id) {
+            None if !self.has_room() => return,
+            None => {}
+            Some(known) if known.own || known.forked || known.durable.0 >= progress.seq => return,
+            Some(_) => {}
+        }
+        let origin = self.origins.entry(id).or_insert_with(|| Origin::new(&progress, false));
+        origin.sibling = true;
+        origin.durable = (progress.seq, progress.chain);
+        if origin.received.0 < origin.durable.0 {
+            origin.received = origin.durable;
+        }
+        if let Some(route) = origin.route.take() {
+            self.send(route.link, LinkFrame::Unsubscribe { origin: id });
+        }
+        let unaware = self.links.iter().filter(|(_, link)| !link.announced.contains_key(&id));
+        let unaware: Vec<LinkId> = unaware.map(|(link, _)| *link).collect();
+        unaware.into_iter().for_each(|link| self.announce(now, link));
+        self.pump_origin(now, id);
+    }
+
     /// Time has passed: to be called every ten milliseconds or so.
     pub fn tick(&mut self, now: Moment) {
         let links: Vec<LinkId> = self.links.keys().copied().collect();
@@ -485,7 +513,7 @@ impl Replica {
         let Some(known) = self.links.get(&link) else { return Vec::new() };
         let is_news = |(id, origin): &(&OriginId, &Origin)| {
             !origin.forked
-                && (origin.own || origin.durable.0 > Seq(0))
+                && (origin.own || origin.sibling || origin.durable.0 > Seq(0))
                 && self.shares(known, &origin.group)
                 && known.announced.get(id).is_none_or(|seq| *seq < origin.durable.0)
         };

@@ -372,3 +372,48 @@ fn a_peer_that_has_more_of_an_own_origin_shows_that_it_was_lost() {
     world.link(0, 1);
     assert!(world.regions[0].lost.contains(&origin));
 }
+
+#[test]
+fn what_a_sibling_stores_is_sent_and_neither_taken_back_nor_taken_for_lost() {
+    let mut world = World::new(&["a", "b"]);
+    world.link(0, 1);
+    let sibling = OriginId(Uuid::from_u128(99));
+    let entry = Entry { document: document(77), content: Content::Tombstone { deleted_at_ms: 9 } };
+    let mut end = (Seq(0), Chain::START);
+    for _ in 0..5 {
+        let body = encode_run([&entry, &entry]).into();
+        let run = LogSlice { first: Seq(end.0.0 + 1), last: Seq(end.0.0 + 2), chain_before: end.1, body };
+        end = end_of(&run);
+        world.regions[0].log.entry(sibling).or_default().push(run);
+        let progress = of_sibling(&world, sibling, end);
+        world.regions[0].replica.sibling_appended(world.now, progress);
+        world.settle();
+        world.pass(500);
+        assert_eq!(seq_of(&world, 1, sibling), end.0);
+    }
+    let taken_back = |(from, frame): &(usize, LinkFrame)| {
+        *from == 1 && matches!(frame, LinkFrame::Entries { origin, .. } if *origin == sibling)
+    };
+    assert!(!world.sent.iter().any(taken_back), "it went to and fro");
+
+    // Another node of the region has passed more of it on than this one knows of.
+    let more = Progress { seq: Seq(12), ..of_sibling(&world, sibling, (Seq(12), Chain([7; 16]))) };
+    let link = *world.links.keys().find(|(region, _)| *region == 0).map(|(_, link)| link).unwrap();
+    world.regions[0].replica.receive(world.now, link, LinkFrame::Have { origins: vec![more] });
+    world.settle();
+    world.pass(500);
+    assert_eq!(world.regions[0].lost, []);
+    // What is behind changes nothing.
+    let behind = of_sibling(&world, sibling, (Seq(1), Chain([8; 16])));
+    world.regions[0].replica.sibling_appended(world.now, behind);
+    assert_eq!(seq_of(&world, 0, sibling), Seq(10));
+}
+
+fn of_sibling(world: &World, origin: OriginId, (seq, chain): (Seq, Chain)) -> Progress {
+    Progress { origin, region: world.regions[0].name.clone(), group: group(), seq, chain }
+}
+
+fn seq_of(world: &World, at: usize, origin: OriginId) -> Seq {
+    let vector = world.regions[at].replica.vector();
+    vector.iter().find(|it| it.origin == origin).map_or(Seq(0), |it| it.seq)
+}

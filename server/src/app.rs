@@ -8,7 +8,9 @@ use std::time::Duration;
 use anyhow::Context;
 use axum::Router;
 use isobar_protocol::ids::{PeerId, RegionName};
+use isobar_protocol::link::Progress;
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -22,7 +24,9 @@ use crate::node::{Node, Sessions};
 use crate::outbox::Closing;
 use crate::receipts::Receipts;
 use crate::replication::{Parts, PeerTls, Replication};
-use crate::storage::{self, ClaimedOrigin, Storage, StorageError};
+use crate::siblings::Siblings;
+use crate::siblings::follow::{Follower, Positions};
+use crate::storage::{self, ClaimedOrigin, Storage, StorageError, StoredOrigin};
 use crate::telemetry::Metrics;
 
 mod regions;
@@ -34,6 +38,9 @@ const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 
 /// How often the log is truncated.
 const TRUNCATE_INTERVAL: Duration = Duration::from_secs(60);
+
+/// How long log entries are kept for siblings to follow. Who is behind for longer reads its documents anew.
+const SIBLINGS_KEEP: Duration = Duration::from_secs(60);
 
 /// A node that is being served.
 pub struct App {
@@ -48,6 +55,7 @@ pub struct App {
     stop_upkeep: CancellationToken,
     listeners: Vec<JoinHandle<()>>,
     upkeep: Vec<JoinHandle<()>>,
+    siblings: Siblings,
     committer: JoinHandle<Result<(), StorageError>>,
 }
 
@@ -64,7 +72,9 @@ impl App {
     pub async fn start_with(settings: Settings, storage: Arc<dyn Storage>) -> anyhow::Result<Self> {
         let region = RegionName::new(&settings.region)?;
         let storage_id = storage.region_identity(&region).await?;
-        let origins = claim_origins(&settings, &region, &*storage).await?;
+        let seat = storage.take_seat().await.context("no seat among the region's nodes")?;
+        let origins = claim_origins(&settings, &region, seat.slot, &*storage).await?;
+        let positions = Positions::read(&*storage).await?;
 
         let metrics = Arc::new(Metrics::new());
         let (documents, compactor) = Documents::new(
@@ -78,6 +88,17 @@ impl App {
         let (committer, commits) =
             Committer::new(storage.clone(), origins, documents.clone(), metrics.clone());
         let peer_id = PeerId::new(&format!("isobar-{region}-{}", uuid::Uuid::new_v4().simple()))?;
+        let (following, followed) = watch::channel(Vec::new());
+        let follower = Follower::new(
+            storage.clone(),
+            documents.clone(),
+            committer.clone(),
+            metrics.clone(),
+            positions,
+            region_progress(&region, following),
+        );
+        let shares_database = seat.notices.can_be_heard();
+        let siblings = Siblings::start(seat, follower, committer.written().clone(), metrics.clone());
         let receipts = Receipts::new(region.clone(), storage_id.clone());
         let parts = Parts {
             storage: storage.clone(),
@@ -87,6 +108,8 @@ impl App {
             receipts: receipts.clone(),
             advertise: settings.advertise.clone(),
             peer_rate_limit: settings.peer_rate_limit,
+            keeps_links: siblings.keeps_links(),
+            siblings: followed,
         };
         let stop_upkeep = CancellationToken::new();
         let regions = Regions::start(&settings, &storage_id, parts, &stop_upkeep).await?;
@@ -118,7 +141,10 @@ impl App {
         upkeep.push(tokio::spawn(cancellable(stop_upkeep.clone(), follow)));
         upkeep.extend(regions.tasks);
         if node.replication.is_none() {
-            upkeep.push(tokio::spawn(cancellable(stop_upkeep.clone(), truncate(node.clone()))));
+            upkeep.push(tokio::spawn(cancellable(
+                stop_upkeep.clone(),
+                truncate(node.clone(), shares_database),
+            )));
         }
         Ok(Self {
             peer_address: regions.address,
@@ -129,6 +155,7 @@ impl App {
                 serve(admin, admin_routes, stop_admin.clone()),
             ],
             upkeep,
+            siblings,
             committer: tokio::spawn(commits),
             node,
             connections,
@@ -144,6 +171,9 @@ impl App {
             () = stop => self.drain().await,
             reason = failed(self.node.replication.as_ref()) => {
                 anyhow::bail!("{reason}; started again, the node takes a new log and fetches what it lost")
+            }
+            () = self.siblings.lost() => {
+                anyhow::bail!("another node has this node's seat: it was out of touch with the database for too long")
             }
             failed = &mut self.committer => {
                 failed?.context("the storage failed, nothing more can be acknowledged")?;
@@ -174,6 +204,8 @@ impl App {
         let storage = self.node.storage.clone();
         // Everything submitted is committed before the handles are gone: the budget is empty then.
         self.node.committer.settled(patience).await;
+        // Whoever takes the seat now may take the log, too: nothing is written any more.
+        self.siblings.leave().await;
         storage.close().await;
         if self.committer.is_finished() {
             self.committer.await?.context("the storage failed, not everything was committed")?;
@@ -200,16 +232,41 @@ async fn close_spread(node: &Node, spread: Duration) {
 async fn claim_origins(
     settings: &Settings,
     region: &RegionName,
+    slot: u32,
     storage: &dyn Storage,
 ) -> anyhow::Result<Vec<ClaimedOrigin>> {
     let anew = settings.peer_listener().is_some();
     let mut origins = Vec::new();
     for group in settings.groups.of(region) {
-        let origin = storage.claim_origin(region, &group, 0, anew).await?;
+        let origin = storage.claim_origin(region, &group, slot, anew).await?;
         tracing::info!(%region, %group, origin = %origin.id.0, seq = origin.last_seq.0, "origin claimed");
         origins.push(origin);
     }
     Ok(origins)
+}
+
+/// Passes on how far the origins of this region are that other nodes write.
+fn region_progress(
+    region: &RegionName,
+    following: watch::Sender<Vec<Progress>>,
+) -> impl Fn(&[StoredOrigin]) + Send + use<> {
+    let region = region.clone();
+    move |origins| {
+        let ours = origins.iter().filter(|origin| origin.region == region);
+        let ours = ours.map(|it| Progress {
+            origin: it.id,
+            region: it.region.clone(),
+            group: it.group.clone(),
+            seq: it.seq,
+            chain: it.chain,
+        });
+        let ours: Vec<Progress> = ours.collect();
+        following.send_if_modified(|known| {
+            let moved = *known != ours;
+            *known = ours;
+            moved
+        });
+    }
 }
 
 /// Resolves when replication finds that this node must not write any more.
@@ -248,15 +305,17 @@ async fn sweep(node: Arc<Node>) {
     }
 }
 
-/// Gives up log entries that no region needs any more. A single region has nobody to send them to.
-async fn truncate(node: Arc<Node>) {
+/// Gives up log entries that no region needs any more. A single region has nobody to send them to; but siblings, if there
+/// can be any, read them for a while.
+async fn truncate(node: Arc<Node>, shares_database: bool) {
+    let keep = if shares_database { SIBLINGS_KEEP } else { Duration::ZERO };
     let mut ticks = tokio::time::interval(TRUNCATE_INTERVAL);
     let progress = node.committer.progress();
     loop {
         ticks.tick().await;
         let logs = progress.borrow().clone();
         for log in logs {
-            match node.storage.truncate_log(log.origin, log.seq, Duration::ZERO).await {
+            match node.storage.truncate_log(log.origin, log.seq, keep).await {
                 Ok(()) => node.metrics.log_truncated_seq.set(log.seq.0 as f64),
                 Err(error) => tracing::warn!(%error, "log not truncated"),
             }

@@ -36,8 +36,11 @@ use crate::telemetry::Metrics;
 
 mod batch;
 mod worker;
+mod written;
 
 use worker::Worker;
+
+pub use written::Written;
 
 /// Bytes that may wait for their commit, over all sessions and links.
 const QUEUED_BYTES_MAX: usize = 64 << 20;
@@ -154,6 +157,7 @@ pub struct Committer {
     budget: ByteBudget,
     progress: watch::Receiver<Vec<OwnProgress>>,
     recent: Arc<RecentLog>,
+    written: Arc<Written>,
 }
 
 impl Committer {
@@ -171,8 +175,10 @@ impl Committer {
         let (queue, items) = mpsc::unbounded_channel();
         let budget = ByteBudget::new(QUEUED_BYTES_MAX);
         let recent = Arc::new(RecentLog::default());
-        let (worker, progress) = Worker::new(storage, origins, items, documents, recent.clone(), metrics);
-        (Self { queue, budget, progress, recent }, worker.run())
+        let written = Arc::new(Written::default());
+        let (worker, progress) =
+            Worker::new(storage, origins, items, documents, (recent.clone(), written.clone()), metrics);
+        (Self { queue, budget, progress, recent, written }, worker.run())
     }
 
     /// Waits for room for a submission of so many bytes.
@@ -228,6 +234,11 @@ impl Committer {
     /// The newest runs of every origin that were stored by this node.
     pub fn recent_log(&self) -> &Arc<RecentLog> {
         &self.recent
+    }
+
+    /// Which parts of other origins' logs were stored by this node.
+    pub fn written(&self) -> &Arc<Written> {
+        &self.written
     }
 
     pub fn queued_bytes(&self) -> usize {

@@ -29,6 +29,7 @@ mod contents;
 mod document;
 mod receipts;
 mod replication;
+mod siblings;
 
 use document::{Loaded, PendingRoom, change_numbered};
 use replication::ColdCounts;
@@ -248,7 +249,15 @@ impl Documents {
         base: &StoredBase,
         tail: &mut Vec<StoredChange>,
     ) -> Result<Arc<BaseIndex>, LoadError> {
-        let (_, index) = self.read_index(id).await?;
+        let (generation, mut index) = self.read_index(id).await?;
+        if generation > base.generation {
+            // A sibling has made another base since the document was read.
+            let count = BaseSummary::decode(&base.summary)?.change_count as usize;
+            if index.len() < count {
+                return Err(LoadError::BaseIncomplete);
+            }
+            index = index.prefix(count);
+        }
         check_index(base, &index)?;
         self.resume_prune(id, base, &index, tail).await;
         Ok(Arc::new(index))
@@ -282,8 +291,12 @@ impl Documents {
 
     /// The base's chunk; at least as new as the generation the document was at when asked.
     pub async fn base_chunk(&self, document: &Document) -> Result<Bytes, LoadError> {
-        if let Some((_, chunk)) = document.cached_base_chunk() {
-            return Ok(chunk);
+        Ok(self.base_chunk_and_generation(document).await?.1)
+    }
+
+    async fn base_chunk_and_generation(&self, document: &Document) -> Result<(u64, Bytes), LoadError> {
+        if let Some(cached) = document.cached_base_chunk() {
+            return Ok(cached);
         }
         let read = self.storage.read_base_chunk(document.id()).await?;
         let (generation, chunk) = read.ok_or(LoadError::BaseIncomplete)?;
@@ -296,7 +309,7 @@ impl Documents {
             true => tokio::task::spawn_blocking(check).await.map_err(|_| LoadError::BaseIncomplete)?,
         }?;
         document.cache_base_chunk(generation, &chunk);
-        Ok(chunk)
+        Ok((generation, chunk))
     }
 
     /// Takes a document out of service because what is stored of it is damaged. Only in memory, so that whoever mends it

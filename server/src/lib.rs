@@ -16,5 +16,6 @@ pub mod outbox;
 pub mod receipts;
 pub mod recent_log;
 pub mod replication;
+pub mod siblings;
 pub mod storage;
 pub mod telemetry;

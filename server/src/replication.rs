@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 use isobar_protocol::ids::{DocumentId, OriginId, PlacementGroup, RegionName, Seq, StorageId};
 use isobar_protocol::link::handshake::Identity;
 use isobar_protocol::link::{LinkFrame, Progress};
-use isobar_protocol::replica::{LinkId, LinkStatus, LogRead, Peer, Replica, Stored};
+use isobar_protocol::replica::{LinkId, LinkStatus, LogRead, Peer, Stored};
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -39,6 +39,7 @@ use crate::telemetry::Metrics;
 mod accept;
 mod dial;
 mod envelope;
+mod keeping;
 mod link;
 mod outgoing;
 mod pace;
@@ -47,8 +48,8 @@ mod task;
 mod tls;
 mod truncate;
 
+use keeping::Keeping;
 use outgoing::Outgoing;
-use task::Task;
 
 pub use accept::accept_links;
 pub use dial::keep_links;
@@ -157,6 +158,10 @@ pub struct Parts {
     pub advertise: Option<String>,
     /// Bytes a second that a link may send.
     pub peer_rate_limit: Option<NonZeroU64>,
+    /// Whether this node keeps the region's links.
+    pub keeps_links: watch::Receiver<bool>,
+    /// How far the origins of the region are stored that this node does not write.
+    pub siblings: watch::Receiver<Vec<Progress>>,
 }
 
 /// How far the regions are, for operators and for truncation.
@@ -191,46 +196,50 @@ struct Shared {
     heard: Mutex<HashMap<RegionName, Instant>>,
     /// Whether any peer wants presence; a cheap look before anything is queued.
     presence_wanted: AtomicBool,
+    keeps_links: watch::Receiver<bool>,
     /// Set once when this node must not write any more.
     fatal: watch::Sender<Option<String>>,
 }
 
 impl Replication {
-    /// The replication of a node that writes `own` origins, and the task that does it.
+    /// The replication of a node that writes `own` origins, and the task that does it whenever this node keeps the region's
+    /// links.
     pub async fn new(
         region: RegionName,
         groups: BTreeSet<PlacementGroup>,
         own: BTreeSet<OriginId>,
         parts: Parts,
     ) -> Result<(Self, impl Future<Output = ()> + Send), StorageError> {
-        let origins = parts.storage.origins().await?;
-        let acknowledged = parts.storage.acknowledgements().await?;
-        let now = Instant::now();
-        let heard = acknowledged.iter().map(|it| (it.region.clone(), now)).collect();
-        let acknowledged = acknowledged.into_iter().map(|it| ((it.region, it.origin), it.seq)).collect();
         let (events, queue) = mpsc::channel(EVENTS_MAX);
         let shared = Arc::new(Shared {
             next_link: AtomicU64::new(1),
             peer_rate_limit: parts.peer_rate_limit,
             linked: Mutex::default(),
             view: Mutex::default(),
-            acknowledged: Mutex::new(acknowledged),
+            acknowledged: Mutex::default(),
             known: Mutex::default(),
-            heard: Mutex::new(heard),
+            heard: Mutex::default(),
             presence_wanted: AtomicBool::new(false),
+            keeps_links: parts.keeps_links.clone(),
             fatal: watch::Sender::new(None),
         });
-        let origins = origins.into_iter().map(|it| Progress {
-            origin: it.id,
-            region: it.region,
-            group: it.group,
-            seq: it.seq,
-            chain: it.chain,
-        });
-        let replica = Replica::new(region, groups, origins.collect(), own);
-        let handle = Self { events: events.clone(), shared: shared.clone() };
-        let task = Task::new(replica, parts, shared, &events);
-        Ok((handle, task.run(queue)))
+        shared.read_acknowledgements(&*parts.storage).await?;
+        let handle = Self { events, shared: shared.clone() };
+        Ok((handle, Keeping { region, groups, own, parts, shared, queue }.run()))
+    }
+
+    /// Whether this node keeps the region's links to others.
+    pub fn keeps_links(&self) -> bool {
+        *self.shared.keeps_links.borrow()
+    }
+
+    /// Resolves when that is so, or is not so any more; never when it stays as it is for good.
+    async fn until_keeping(&self, keeping: bool) {
+        let mut keeps = self.shared.keeps_links.clone();
+        let changed = keeps.wait_for(|keeps| *keeps == keeping).await.is_ok();
+        if !changed && keeping {
+            std::future::pending::<()>().await;
+        }
     }
 
     /// Looks for a document that is not here in the other regions of a group, and fetches it. Only they learn its id.

@@ -41,6 +41,9 @@
 //!     back: its changes are left out, its log entries are stored. The earliest deletion time counts.
 //! 13. **Vectors are adopted forward.** [`Storage::adopt_origins`] raises counters of other regions' origins after a
 //!     snapshot, never lowers one, and leaves the log below truncated.
+//! 14. **One seat each.** Of the nodes that have a seat ([`Storage::take_seat`]) no two have the same slot, and at most one
+//!     keeps the links but for a moment. A seat is free again when its process is gone, without anybody waiting for a
+//!     term to run out, or when its machine has not been heard of for some seconds.
 
 mod bundle;
 mod clock;
@@ -51,6 +54,7 @@ pub(crate) mod packing;
 pub mod postgres;
 mod rows;
 mod schema;
+pub mod seat;
 pub mod sqlite;
 
 use std::path::Path;
@@ -276,6 +280,11 @@ pub trait Storage: Send + Sync + 'static {
         slot: u32,
         anew: bool,
     ) -> Result<ClaimedOrigin, StorageError>;
+
+    /// Takes a place among the nodes that share this database (clause 14). To be called once by a process.
+    async fn take_seat(&self) -> Result<seat::Seat, StorageError> {
+        Ok(seat::Seat::alone())
+    }
 
     /// Every origin that is known, this region's former ones included.
     async fn origins(&self) -> Result<Vec<StoredOrigin>, StorageError>;

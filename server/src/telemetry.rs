@@ -96,6 +96,10 @@ pub struct Metrics {
     pub cold_changes: Counter,
     pub log_truncated_seq: Gauge,
     pub links_refused: Counter,
+    pub siblings: Gauge,
+    pub keeps_links: Gauge,
+    pub followed_changes: Counter,
+    pub refreshes: Counter,
     pub link_bytes_sent: Counter,
     pub link_bytes_before_compression: Counter,
     pub link_bytes_received: Counter,
@@ -264,6 +268,10 @@ registered! {
         "Changes of other regions that were stored and do not fit their documents.";
     cold_changes: counter = "isobar_cold_changes_total",
         "Changes of other regions that were stored without their documents being in memory, or able to take them.";
+    siblings: gauge = "isobar_siblings", "Other nodes of the region that share the database.";
+    keeps_links: gauge = "isobar_keeps_links", "1 if this node keeps the region's links to others.";
+    followed_changes: counter = "isobar_followed_changes_total", "Changes that siblings stored, offered to documents in memory.";
+    refreshes: counter = "isobar_refreshes_total", "Documents in memory brought up to what siblings stored of them, read from the database.";
     links_refused: counter = "isobar_links_refused_total", "Links refused because the other end proved nothing or the wrong thing.";
     link_bytes_sent: counter = "isobar_link_bytes_sent_total", "Bytes sent to other regions, compressed.";
     link_bytes_before_compression: counter = "isobar_link_bytes_before_compression_total",

@@ -198,9 +198,19 @@ pub enum Refusal {
     WrongKey,
     #[error("it goes by the same region name")]
     OwnRegion,
+    /// It is one of several nodes of its region, and not the one that links to others at the moment.
+    #[error("another node of its region keeps the links")]
+    KeptElsewhere,
     /// A newer node's reason.
     #[error("reason {0}")]
     Other(u8),
+}
+
+impl Refusal {
+    /// What to send before closing, by who refuses without a look at what the other side says.
+    pub fn encode(self) -> Vec<u8> {
+        messages::encode_refusal(self)
+    }
 }
 
 impl HandshakeError {

@@ -73,7 +73,12 @@ impl Replica {
     ) {
         let Some(known) = self.links.get(&link) else { return };
         let Some(origin) = self.origins.get(&id) else { return };
-        if origin.own || origin.forked || first == Seq(0) || !self.shares(known, &origin.group) {
+        if origin.own
+            || origin.sibling
+            || origin.forked
+            || first == Seq(0)
+            || !self.shares(known, &origin.group)
+        {
             return;
         }
         if first.0 > origin.received.0.0 + 1 {

@@ -27,7 +27,7 @@ impl Replica {
 
     fn choose_route(&mut self, now: Moment, id: OriginId) {
         let origin = &self.origins[&id];
-        if origin.own || origin.forked {
+        if origin.own || origin.sibling || origin.forked {
             return;
         }
         let current = origin.route;

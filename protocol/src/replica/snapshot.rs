@@ -74,7 +74,11 @@ impl Replica {
     fn snapshot_link(&self, id: OriginId, origin: &Origin) -> Option<LinkId> {
         let gains =
             |link: LinkId| self.links[&link].theirs.get(&id).is_some_and(|seq| *seq > origin.received.0);
-        if origin.own || origin.forked || origin.route.is_some_and(|route| gains(route.link)) {
+        if origin.own
+            || origin.sibling
+            || origin.forked
+            || origin.route.is_some_and(|route| gains(route.link))
+        {
             return None;
         }
         let truncated = self.links.iter().filter(|(_, link)| {
@@ -218,5 +222,5 @@ impl Replica {
 }
 
 fn adopts(ours: &Origin, vector: &Progress) -> bool {
-    !ours.own && !ours.forked && ours.durable.0 < vector.seq
+    !ours.own && !ours.sibling && !ours.forked && ours.durable.0 < vector.seq
 }

@@ -9,7 +9,7 @@ use isobar_protocol::replica::Stored;
 use tokio::sync::{mpsc, watch};
 
 use super::batch::{Assembly, OwnLog, UnloggedKeys};
-use super::{Item, OwnProgress, Received, Submission};
+use super::{Item, Logged, OwnProgress, Received, Submission, Written};
 use crate::documents::Documents;
 use crate::recent_log::RecentLog;
 use crate::storage::{Batch, ClaimedOrigin, Storage, StorageError, StoredRun};
@@ -32,6 +32,7 @@ pub(super) struct Worker {
     items: mpsc::UnboundedReceiver<Item>,
     progress: watch::Sender<Vec<OwnProgress>>,
     recent: Arc<RecentLog>,
+    written: Arc<Written>,
     documents: Arc<Documents>,
     metrics: Arc<Metrics>,
 }
@@ -88,13 +89,13 @@ impl Worker {
         origins: Vec<ClaimedOrigin>,
         items: mpsc::UnboundedReceiver<Item>,
         documents: Arc<Documents>,
-        recent: Arc<RecentLog>,
+        (recent, written): (Arc<RecentLog>, Arc<Written>),
         metrics: Arc<Metrics>,
     ) -> (Self, watch::Receiver<Vec<OwnProgress>>) {
         let logs: Vec<OwnLog> = origins.into_iter().map(OwnLog::new).collect();
         let (progress, announced) = watch::channel(progress_of(&logs));
         let keys = UnloggedKeys::new();
-        (Self { storage, logs, keys, items, progress, recent, documents, metrics }, announced)
+        (Self { storage, logs, keys, items, progress, recent, written, documents, metrics }, announced)
     }
 
     pub(super) async fn run(mut self) -> Result<(), StorageError> {
@@ -149,9 +150,13 @@ impl Worker {
     /// Moves the own logs on, and keeps what was stored for those who read behind.
     fn advance(&mut self, batch: Batch) {
         for run in &batch.runs {
-            if let Some(log) = self.logs.iter_mut().find(|log| log.origin.id == run.origin) {
-                (log.seq, log.chain) = (run.last, run.chain);
+            match self.logs.iter_mut().find(|log| log.origin.id == run.origin) {
+                Some(log) => (log.seq, log.chain) = (run.last, run.chain),
+                None => self.written.note(run.origin, run.first, run.last),
             }
+        }
+        if !batch.runs.is_empty() {
+            self.written.appended();
         }
         if !batch.deletions.is_empty() {
             // Bytes of deleted documents go at once, and storage has erased them where they stand.
@@ -184,7 +189,8 @@ impl Worker {
         // Whoever asked may have gone.
         match item {
             Item::Changes(submission) => {
-                if submission.document.committed(submission.end) {
+                let stored_here = submission.changes.iter().any(|it| it.logged != Logged::Stored);
+                if submission.document.committed(submission.end, stored_here) {
                     self.documents.request_base(submission.document);
                 }
             }

@@ -15,6 +15,7 @@ use isobar_protocol::base::{BaseEntry, BaseIndex, BaseSummary};
 use isobar_protocol::ids::{ChangeHash, DocumentId};
 
 use super::document::{Document, TAIL_CHANGES_KEPT};
+use super::siblings::replaced;
 use super::{Documents, LoadError};
 use crate::materialise::MaterialiseError;
 use crate::storage::{DocumentState, NewBase, StorageError};
@@ -70,6 +71,13 @@ impl Documents {
                 document.lock().put_compaction_off();
             }
             Err(CompactionError::DoesNotApply(error)) => self.quarantine(document, &error.to_string()).await,
+            Err(CompactionError::Load(LoadError::Storage(StorageError::Conflict { .. }))) => {
+                // A sibling has made one. The next is tried later, from there if it could be taken over.
+                if let Err(error) = self.take_stored_base_over(document).await {
+                    tracing::warn!(document = %document.id(), %error, "a sibling's base not read");
+                }
+                document.lock().put_compaction_off();
+            }
             Err(CompactionError::Load(error)) => {
                 tracing::warn!(document = %document.id(), %error, "base not made");
                 document.lock().put_compaction_off();
@@ -83,11 +91,7 @@ impl Documents {
         document: &Arc<Document>,
     ) -> Result<Option<(u64, Vec<ChangeHash>)>, CompactionError> {
         let Some(cut) = cut(document) else { return Ok(None) };
-        let old = if cut.generation > 0 { Some(self.base_chunk(document).await?) } else { None };
-        let index = match cut.generation {
-            0 => BaseIndex::default(),
-            _ => self.read_index(document.id()).await?.1,
-        };
+        let (old, index) = self.base_to_replace(document, cut.generation).await?;
         let heads = cut.summary.heads.iter().map(|head| head.hash).collect();
         let chunk = self.materialiser.make_base(old, cut.changes, heads, self.limits.clone()).await?;
         let covered: Vec<ChangeHash> = cut.entries.iter().map(|entry| entry.hash).collect();
@@ -104,12 +108,35 @@ impl Documents {
             if state.is_deleted() {
                 return Ok(None);
             }
-            state.generation = generation;
-            state.graph.rebase(cut.summary)
+            if state.generation < generation {
+                state.generation = generation;
+                Some(state.graph.rebase(cut.summary))
+            } else {
+                // Somebody found it in storage and took it, or a later one, over.
+                None
+            }
         };
         // Freeing what the base took in takes longer than all else: nobody waits for it.
         drop(retired);
         Ok(Some((generation, covered)))
+    }
+
+    /// The chunk, if there is one, and the index of the base that the document has; a conflict if storage has another.
+    async fn base_to_replace(
+        &self,
+        document: &Document,
+        generation: u64,
+    ) -> Result<(Option<Bytes>, BaseIndex), CompactionError> {
+        if generation == 0 {
+            let found = self.storage.read_base_index(document.id()).await?;
+            replaced(0, found.map_or(0, |(found, _)| found))?;
+            return Ok((None, BaseIndex::default()));
+        }
+        let (found, index) = self.read_index(document.id()).await?;
+        replaced(generation, found)?;
+        let (found, chunk) = self.base_chunk_and_generation(document).await?;
+        replaced(generation, found)?;
+        Ok((Some(chunk), index))
     }
 
     /// Removes covered changes. If it fails half-way the next load goes on.

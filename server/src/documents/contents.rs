@@ -202,7 +202,7 @@ impl CheckedBase {
 }
 
 /// Reads changes that another region has accepted, on a blocking thread: there may be many.
-async fn parse(changes: Vec<Bytes>) -> Result<Vec<Change>, ContentsError> {
+pub(super) async fn parse(changes: Vec<Bytes>) -> Result<Vec<Change>, ContentsError> {
     if changes.is_empty() {
         return Ok(Vec::new());
     }

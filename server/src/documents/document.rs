@@ -135,6 +135,8 @@ pub struct DocumentState {
     /// No base is made before this moment: the last attempt failed, and each costs as much as a success.
     compaction_after: Instant,
     pub(super) last_commit: Instant,
+    /// This node, not a sibling, stored what became durable last.
+    stored_here: bool,
     pub(super) last_used: Instant,
     base_chunk: Option<(u64, Bytes)>,
     shared: Option<(SharedKey, Arc<SharedSyncFrame>)>,
@@ -285,6 +287,7 @@ impl Document {
             compacting: false,
             compaction_after: now,
             last_commit: now,
+            stored_here: true,
             last_used: now,
             base_chunk: None,
             shared: None,
@@ -305,16 +308,18 @@ impl Document {
     }
 
     /// Records that staged changes before `end` are durable, and marks every subscriber. Returns whether the tail has
-    /// grown enough for a new base.
-    pub fn committed(&self, end: u64) -> bool {
+    /// grown enough for a new base. `stored_here` says that some of them were not stored by a sibling: of several nodes
+    /// that have the document, the one that stores its changes makes its bases.
+    pub fn committed(&self, end: u64, stored_here: bool) -> bool {
         let mut state = self.lock();
         if state.deleted {
             return false;
         }
         state.graph.advance_durable(end);
         state.last_commit = Instant::now();
+        state.stored_here = stored_here;
         state.mark_all();
-        state.claim_compaction(BASE_CHANGES_MIN, BASE_FRACTION)
+        stored_here && state.claim_compaction(BASE_CHANGES_MIN, BASE_FRACTION)
     }
 
     /// Records that the document was deleted for good, lets go of what it held, and marks every subscriber.
@@ -415,6 +420,11 @@ impl Document {
         self.lock().graph.pending_count()
     }
 
+    /// The generation of the base under its tail; 0 without one. Storage may have a later one, which a sibling made.
+    pub fn base_generation(&self) -> u64 {
+        self.lock().generation
+    }
+
     pub fn group(&self) -> PlacementGroup {
         self.lock().group.clone()
     }
@@ -425,14 +435,26 @@ impl Document {
         state.placed.then(|| state.group.clone())
     }
 
-    /// Attaches the index of this generation's base. Nothing happens if the document has another base by now.
-    pub fn attach_index(&self, generation: u64, index: Arc<BaseIndex>) -> Result<(), LoadError> {
-        let mut state = self.lock();
-        if state.generation == generation {
-            if index.len() as u64 != state.graph.tail_start() {
+    /// Attaches the index of this generation's base. Of a later base, which a sibling made, the part is taken that is the
+    /// document's. Nothing happens if the document has a later base by now.
+    pub fn attach_index(&self, generation: u64, index: BaseIndex) -> Result<(), LoadError> {
+        let covered = {
+            let state = self.lock();
+            if generation < state.generation {
+                return Ok(());
+            }
+            let covered = state.graph.tail_start();
+            let is_own = state.generation == generation;
+            if is_own && index.len() as u64 != covered || (index.len() as u64) < covered {
                 return Err(LoadError::BaseIncomplete);
             }
-            state.graph.attach_index(index);
+            covered
+        };
+        // Cutting it takes long on a long one: not under the lock.
+        let index = if index.len() as u64 == covered { index } else { index.prefix(covered as usize) };
+        let mut state = self.lock();
+        if state.graph.tail_start() == covered {
+            state.graph.attach_index(Arc::new(index));
         }
         Ok(())
     }
@@ -546,6 +568,7 @@ impl Document {
             state.graph.detach_index();
         }
         now.duration_since(state.last_commit) >= idle
+            && state.stored_here
             && state.claim_compaction(IDLE_BASE_CHANGES_MIN, IDLE_BASE_FRACTION)
     }
 

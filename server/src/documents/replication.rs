@@ -82,6 +82,16 @@ impl Part {
             deleted_at_ms: None,
         }
     }
+
+    /// Whether it says that the document was deleted.
+    pub(super) fn is_deletion(&self) -> bool {
+        self.deleted_at_ms.is_some()
+    }
+
+    /// What is wrong with a document of which it holds a change that cannot be read.
+    pub(super) fn unreadable_reason(&self) -> Option<String> {
+        self.unreadable.first().map(|it| format!("change {} cannot be read", it.hash))
+    }
 }
 
 /// What has become of one document's part before the commit.
@@ -117,7 +127,7 @@ impl Documents {
                 IngestStep::More => tokio::task::yield_now().await,
                 IngestStep::NeedsIndex => {
                     let (generation, index) = self.read_index(document.id()).await?;
-                    document.attach_index(generation, index.into())?;
+                    document.attach_index(generation, index)?;
                 }
                 IngestStep::Refused(rejected) => break Ok(Some(rejected)),
             }
@@ -270,7 +280,7 @@ impl Documents {
     }
 
     /// Offers every change of a part. Returns what is wrong with the first that does not fit.
-    async fn offer_all(
+    pub(super) async fn offer_all(
         &self,
         document: &Arc<Document>,
         part: &Part,
@@ -331,8 +341,7 @@ impl Documents {
             return;
         }
         let fault = self.offer_all(&document, &part, logged, permits, committer).await;
-        let unreadable = part.unreadable.first().map(|it| format!("change {} cannot be read", it.hash));
-        if let Some(reason) = fault.or(unreadable) {
+        if let Some(reason) = fault.or_else(|| part.unreadable_reason()) {
             self.quarantine(&document, &reason).await;
         }
     }
@@ -350,7 +359,7 @@ pub enum DeleteError {
 }
 
 /// Sorts a run's entries by document, in the order in which the documents come up.
-fn by_document(entries: Vec<(DocumentId, Opened)>, group: &PlacementGroup) -> Vec<Part> {
+pub(super) fn by_document(entries: Vec<(DocumentId, Opened)>, group: &PlacementGroup) -> Vec<Part> {
     let mut parts: Vec<Part> = Vec::new();
     let mut places: HashMap<DocumentId, usize> = HashMap::new();
     for (document, content) in entries {

@@ -13,9 +13,10 @@ use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 use tokio_tungstenite::{WebSocketStream, accept_async_with_config, tungstenite};
 
+use isobar_protocol::link::handshake::Refusal;
 use isobar_protocol::replica::Peer;
 
-use super::link::{Line, LinkError, serve, shake_hands, socket_config};
+use super::link::{Line, LinkError, refuse_peer, serve, shake_hands, socket_config};
 use super::{Identities, Replication};
 use crate::telemetry::Metrics;
 
@@ -74,12 +75,13 @@ pub async fn accept_links(
         };
         let (replication, identities, metrics) = (replication.clone(), identities.clone(), metrics.clone());
         connections.spawn(async move {
-            match prove(&identities, stream, permit).await {
+            match prove(&replication, &identities, stream, permit).await {
                 Ok((socket, peer)) => {
                     if let Err(error) = serve(&replication, &metrics, socket, peer, false).await {
                         tracing::debug!(%address, %error, "link ended");
                     }
                 }
+                Err(error @ LinkError::KeptElsewhere) => tracing::debug!(%address, %error, "link refused"),
                 // Somebody who only looks whether there is a listener.
                 Err(LinkError::Closed) => tracing::debug!(%address, "closed before it was a link"),
                 Err(error) => {
@@ -93,6 +95,7 @@ pub async fn accept_links(
 
 /// Has the other end prove who it is; the permit is given back afterwards.
 async fn prove(
+    replication: &Replication,
     identities: &Identities,
     stream: TcpStream,
     _unproved: OwnedSemaphorePermit,
@@ -104,6 +107,10 @@ async fn prove(
     };
     let upgraded = tokio::time::timeout(UPGRADE_PATIENCE, upgrade).await;
     let mut socket = upgraded.map_err(|_| LinkError::TimedOut)??;
+    if !replication.keeps_links() {
+        refuse_peer(&mut socket, Refusal::KeptElsewhere).await?;
+        return Err(LinkError::KeptElsewhere);
+    }
     let peer = shake_hands(&mut socket, &identities.node, false).await?;
     Ok((socket, peer))
 }

@@ -18,6 +18,7 @@ use tokio_tungstenite::tungstenite::http::StatusCode;
 use tokio_tungstenite::{WebSocketStream, client_async_with_config, tungstenite};
 
 use isobar_protocol::ids::RegionName;
+use isobar_protocol::link::handshake::{HandshakeError, Refusal};
 
 use super::link::{Line, LinkError, serve, shake_hands, socket_config};
 use super::{Identities, Replication, tls};
@@ -63,8 +64,25 @@ impl Target {
     }
 }
 
-/// Keeps links to all of these peers; to be run as a task.
+/// Keeps links to all of these peers while this node keeps the region's links; to be run as a task.
 pub async fn keep_links(
+    replication: Replication,
+    identities: Identities,
+    metrics: Arc<Metrics>,
+    peers: Vec<PeerAddress>,
+) {
+    loop {
+        replication.until_keeping(true).await;
+        let keeping = keep_all(replication.clone(), identities.clone(), metrics.clone(), peers.clone());
+        tokio::select! {
+            () = keeping => return,
+            // What was dialled is dropped.
+            () = replication.until_keeping(false) => {}
+        }
+    }
+}
+
+async fn keep_all(
     replication: Replication,
     identities: Identities,
     metrics: Arc<Metrics>,
@@ -145,6 +163,12 @@ async fn keep_link(replication: Replication, identities: Identities, metrics: Ar
             failing = false;
         }
         match ended {
+            Err(LinkError::Handshake(HandshakeError::Refused(Refusal::KeptElsewhere))) => {
+                // Its sibling may go at any moment, and this one be asked for.
+                bound = PAUSE_FIRST;
+                failing = false;
+                tracing::debug!(url, "another node of the region keeps its links");
+            }
             Err(LinkError::Superfluous) | Ok(()) => {}
             // Said once: it is tried again and again.
             Err(error) if !std::mem::replace(&mut failing, true) => {

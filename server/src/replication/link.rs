@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::{Sink, SinkExt, Stream, StreamExt};
-use isobar_protocol::link::handshake::{Agreed, Handshake, HandshakeError, Hello, Identity, Nonce, Step};
+use isobar_protocol::link::handshake::{
+    Agreed, Handshake, HandshakeError, Hello, Identity, Nonce, Refusal, Step,
+};
 use isobar_protocol::replica::{LinkId, Peer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::oneshot;
@@ -52,6 +54,9 @@ pub(super) enum LinkError {
     /// There is a link to that region already, and it goes before this one.
     #[error("another link to this region is up")]
     Superfluous,
+    /// This node is not the one of its region that links to others; the other end was told.
+    #[error("another node of this region keeps its links")]
+    KeptElsewhere,
 }
 
 impl From<tungstenite::Error> for LinkError {
@@ -97,6 +102,19 @@ where
         tokio::time::timeout(HANDSHAKE_PATIENCE, proving).await.map_err(|_| LinkError::TimedOut)??;
     let Hello { region, node, storage_id, groups, client_url, .. } = agreed.peer;
     Ok(Peer { region, node, storage_id, groups, client_url })
+}
+
+/// Hears who is at the other end, and refuses it.
+pub(super) async fn refuse_peer<S>(socket: &mut WebSocketStream<S>, refusal: Refusal) -> Result<(), LinkError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let refusing = async {
+        // A socket that is closed with something unread may take what was said last with it.
+        hear(socket).await?;
+        say(socket, refusal.encode()).await
+    };
+    tokio::time::timeout(HANDSHAKE_PATIENCE, refusing).await.map_err(|_| LinkError::TimedOut)?
 }
 
 async fn prove<S>(

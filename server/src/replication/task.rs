@@ -76,9 +76,17 @@ impl Task {
         Moment(self.started.elapsed().as_millis() as u64)
     }
 
-    pub(super) async fn run(mut self, mut queue: mpsc::Receiver<Event>) {
+    /// Runs until `queue`, where links and the node put what happens, is closed. `answers` is where what was begun here reports.
+    /// To be dropped only together with the task, or after [`Self::end`].
+    pub(super) async fn run(
+        &mut self,
+        queue: &mut mpsc::Receiver<Event>,
+        mut answers: mpsc::Receiver<Event>,
+    ) {
         let mut progress = self.parts.committer.progress();
         progress.mark_changed();
+        let mut siblings = self.parts.siblings.clone();
+        siblings.mark_changed();
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
         let mut upkeep = tokio::time::interval(UPKEEP);
@@ -89,6 +97,12 @@ impl Task {
                     Some(event) => self.handle(event),
                     None => return,
                 },
+                Some(answer) = answers.recv() => self.handle(answer),
+                Ok(()) = siblings.changed() => {
+                    let now = self.now();
+                    let siblings = siblings.borrow_and_update().clone();
+                    siblings.into_iter().for_each(|it| self.replica.sibling_appended(now, it));
+                }
                 Ok(()) = progress.changed() => {
                     let now = self.now();
                     let own = progress.borrow_and_update().clone();
@@ -109,6 +123,14 @@ impl Task {
             }
             self.perform_all();
         }
+    }
+
+    /// Closes all links: another node keeps them now.
+    pub(super) fn end(&mut self, reason: &str) {
+        let links: Vec<LinkId> = self.links.keys().copied().collect();
+        links.into_iter().for_each(|link| self.close(link, reason));
+        self.shared.presence_wanted.store(false, std::sync::atomic::Ordering::Relaxed);
+        *self.shared.view.lock() = View::default();
     }
 
     fn handle(&mut self, event: Event) {

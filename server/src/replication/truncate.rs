@@ -43,6 +43,9 @@ impl Replication {
         let mut ticks = tokio::time::interval_at(Instant::now() + INTERVAL, INTERVAL);
         loop {
             ticks.tick().await;
+            if !self.keeps_links() {
+                continue;
+            }
             let origins = match storage.origins().await {
                 Ok(origins) => origins,
                 Err(error) => {

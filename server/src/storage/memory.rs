@@ -3,6 +3,7 @@
 //! Nothing here fails or waits.
 
 mod append;
+mod seat;
 
 use std::collections::BTreeMap;
 use std::ops::Bound;
@@ -41,6 +42,10 @@ struct Database {
     documents: BTreeMap<DocumentId, Document>,
     tombstones: BTreeMap<DocumentId, Tombstone>,
     acknowledgements: BTreeMap<(RegionName, OriginId), Seq>,
+    /// By slot.
+    seats: BTreeMap<u32, seat::Taken>,
+    /// The node that keeps the links.
+    keeper: Option<Uuid>,
 }
 
 #[derive(Debug)]
@@ -190,6 +195,11 @@ impl Storage for MemoryStorage {
             last_seq: origin.seq,
             chain: origin.chain,
         })
+    }
+
+    async fn take_seat(&self) -> Result<super::seat::Seat, StorageError> {
+        drop(self.database()?);
+        Ok(seat::take(&self.database))
     }
 
     async fn origins(&self) -> Result<Vec<StoredOrigin>, StorageError> {

@@ -13,6 +13,7 @@ mod deletion;
 mod open;
 mod origins;
 mod prune;
+mod seat;
 mod statistics;
 
 use std::collections::HashSet;
@@ -22,7 +23,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use isobar_protocol::ids::{ChangeHash, DocumentId, OriginId, PlacementGroup, RegionName, Seq, StorageId};
 use sqlx::error::DatabaseError;
-use sqlx::postgres::{PgArguments, PgConnection, PgQueryResult, PgRow};
+use sqlx::postgres::{PgArguments, PgConnectOptions, PgConnection, PgQueryResult, PgRow};
 use sqlx::query::{Query, QueryAs};
 use sqlx::{Connection, FromRow, Postgres};
 
@@ -63,6 +64,7 @@ type StatementAs<'q, T> = QueryAs<'q, Postgres, T, PgArguments>;
 pub struct PostgresStorage {
     writers: Connections,
     readers: Connections,
+    options: PgConnectOptions,
 }
 
 impl PostgresStorage {
@@ -72,7 +74,8 @@ impl PostgresStorage {
         let options = open::open(url).await?;
         Ok(Self {
             writers: Connections::new(options.clone(), WRITERS_MAX),
-            readers: Connections::new(options, READERS_MAX),
+            readers: Connections::new(options.clone(), READERS_MAX),
+            options,
         })
     }
 
@@ -197,6 +200,10 @@ impl Storage for PostgresStorage {
         let row = self.readers.finish(CALL_TIMEOUT, work).await?;
         lease.give_back();
         row.claimed(group)
+    }
+
+    async fn take_seat(&self) -> Result<super::seat::Seat, StorageError> {
+        seat::take(self.options.clone()).await
     }
 
     async fn origins(&self) -> Result<Vec<StoredOrigin>, StorageError> {

@@ -16,5 +16,6 @@ mod links;
 mod pace;
 mod receipts;
 mod replication;
+mod siblings;
 mod support;
 mod tls;

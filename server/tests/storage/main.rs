@@ -13,6 +13,7 @@ mod log;
 mod opening;
 mod postgres;
 mod regions;
+mod seat;
 mod sqlite;
 
 /// Instantiates the contract's tests for each implementation.

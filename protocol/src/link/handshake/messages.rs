@@ -39,6 +39,7 @@ const REASON_OTHER_CLUSTER: u8 = 2;
 const REASON_NO_COMMON_VERSION: u8 = 3;
 const REASON_WRONG_KEY: u8 = 4;
 const REASON_OWN_REGION: u8 = 5;
+const REASON_KEPT_ELSEWHERE: u8 = 6;
 
 /// The dialler's first message.
 pub struct Opening<'a> {
@@ -162,6 +163,7 @@ pub fn encode_refusal(refusal: Refusal) -> Vec<u8> {
         Refusal::NoCommonVersion => REASON_NO_COMMON_VERSION,
         Refusal::WrongKey => REASON_WRONG_KEY,
         Refusal::OwnRegion => REASON_OWN_REGION,
+        Refusal::KeptElsewhere => REASON_KEPT_ELSEWHERE,
         Refusal::Other(reason) => reason,
     };
     vec![kind::REFUSAL, reason]
@@ -179,6 +181,7 @@ pub fn decode_refusal(message: &Bytes) -> Result<Option<Refusal>, ReadError> {
         REASON_NO_COMMON_VERSION => Refusal::NoCommonVersion,
         REASON_WRONG_KEY => Refusal::WrongKey,
         REASON_OWN_REGION => Refusal::OwnRegion,
+        REASON_KEPT_ELSEWHERE => Refusal::KeptElsewhere,
         other => Refusal::Other(other),
     }))
 }

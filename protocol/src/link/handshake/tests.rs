@@ -324,6 +324,9 @@ fn a_refusal_says_why_and_is_not_answered() {
         assert_eq!(heard.refusal(), None);
     }
     let (dialler, _) = Handshake::dial(identity("eu"), DIALLED);
+    let sibling = dialler.receive(&Refusal::KeptElsewhere.encode().into()).unwrap_err();
+    assert_eq!(sibling, HandshakeError::Refused(Refusal::KeptElsewhere));
+    let (dialler, _) = Handshake::dial(identity("eu"), DIALLED);
     let newer = Bytes::from_static(&[kind::REFUSAL, 77, 1, 2]);
     assert_eq!(dialler.receive(&newer).unwrap_err(), HandshakeError::Refused(Refusal::Other(77)));
 }

@@ -83,7 +83,9 @@ impl Task {
     }
 
     fn read_log(&mut self, link: LinkId, origin: OriginId, after: Seq, bytes_max: usize) {
-        if let Some(runs) = self.parts.committer.recent_log().read(origin, after, bytes_max) {
+        // Only what the database says to be the end is one: a sibling may have stored more.
+        let recent = self.parts.committer.recent_log().read(origin, after, bytes_max);
+        if let Some(runs) = recent.filter(|runs| !runs.is_empty()) {
             let read = LogRead::Runs(runs.into_iter().map(slice).collect());
             return self.replica.log_read(self.now(), link, origin, after, read);
         }

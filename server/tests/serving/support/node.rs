@@ -38,7 +38,11 @@ impl Node {
     }
 
     pub async fn start_with(settings: Settings, storage: impl Storage) -> Self {
-        let app = App::start_with(settings, Arc::new(storage)).await.unwrap();
+        Self::start_on(settings, Arc::new(storage)).await
+    }
+
+    pub async fn start_on(settings: Settings, storage: Arc<dyn Storage>) -> Self {
+        let app = App::start_with(settings, storage).await.unwrap();
         let (stop, stopped) = oneshot::channel();
         Self {
             clients: app.client_address,
@@ -56,6 +60,12 @@ impl Node {
     pub async fn stop(self) -> anyhow::Result<()> {
         let _ = self.stop.send(());
         in_time("the node stops", self.running).await.unwrap()
+    }
+
+    /// Stops the node without letting it finish anything. Its seat is free afterwards.
+    pub async fn kill(self) {
+        self.running.abort();
+        assert!(in_time("the node stops", self.running).await.unwrap_err().is_cancelled());
     }
 
     /// Begins to stop the node; wait for it with [`Node::ended`] on what this returns.
