@@ -189,12 +189,6 @@ impl Receipts {
                 followed.note(&self.region, &self.storage_id, durable.heads.clone());
                 state.untold.insert(id.clone());
             }
-            if durable.in_flux {
-                // In a moment.
-                state.moved.insert(id);
-                self.news.notify_one();
-                continue;
-            }
             let (group, heads) = (durable.group, durable.heads);
             let (baseline, is_closed) = (durable.baseline, durable.is_closed);
             observed.push(Observed { document: id, group, baseline, heads, is_closed });

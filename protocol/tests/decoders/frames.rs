@@ -3,12 +3,12 @@
 use bytes::Bytes;
 use isobar_protocol::bloom::BloomFilter;
 use isobar_protocol::config::{CBOR_DEPTH_MAX, FRAME_KEYS_MAX, REMOTE_HEADS_STORAGES_MAX};
-use isobar_protocol::ids::{ChangeHash, DocumentId, IdError, PeerId, StorageId};
+use isobar_protocol::ids::{ChangeHash, DocumentId, IdError, PeerId, RegionName, StorageId};
 use isobar_protocol::sync_message::{Have, SyncFlags, SyncMessage, SyncVersion};
 use isobar_protocol::wire::{
-    CborProblem, ClientFrame, PeerFrame, PeerMetadata, RemoteHeads, SharedSyncFrame, WireError,
-    encode_ephemeral, encode_error, encode_join, encode_peer, encode_remote_heads_changed,
-    encode_remote_subscription_change, encode_sync, encode_unavailable,
+    CborProblem, ClientFrame, PeerFrame, PeerMetadata, ReceiptFrame, RemoteHeads, Saved, SharedSyncFrame,
+    WireError, encode_ephemeral, encode_error, encode_join, encode_peer, encode_receipt,
+    encode_remote_heads_changed, encode_remote_subscription_change, encode_sync, encode_unavailable,
 };
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -413,5 +413,27 @@ proptest! {
         }
         let _ = ClientFrame::decode(&frame);
         let _ = PeerFrame::decode(&frame);
+    }
+}
+
+#[test]
+fn a_receipt_is_read_as_it_was_written_and_is_nothing_to_others() {
+    let saved = |region: &str, heads: Vec<ChangeHash>| Saved {
+        region: RegionName::new(region).unwrap(),
+        storage_id: storage(region),
+        heads,
+    };
+    let saved =
+        vec![saved("frankfurt", vec![ChangeHash([3; 32]), ChangeHash([4; 32])]), saved("tokyo", vec![])];
+    let frame = encode_receipt(&peer("server"), &peer("client"), &document(), &saved);
+    let receipt = ReceiptFrame { document: document(), saved };
+    assert_eq!(ReceiptFrame::decode(&frame), Ok(Some(receipt)));
+    assert_eq!(ClientFrame::decode(&frame), Ok(ClientFrame::Unknown { kind: "isobar-receipt" }));
+    let other = encode_unavailable(&peer("server"), &peer("client"), &document());
+    assert_eq!(ReceiptFrame::decode(&other), Ok(None));
+    let nothing = Cbor::map(2).texts("type", "isobar-receipt").texts("documentId", DOCUMENT);
+    assert_eq!(ReceiptFrame::decode(&nothing.0), Err(WireError::Missing("saved")));
+    for end in 0..frame.len() {
+        assert!(ReceiptFrame::decode(&frame[..end]).is_err(), "cut at {end}");
     }
 }

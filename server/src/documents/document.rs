@@ -159,6 +159,8 @@ pub struct Incoming {
 
 /// What is known of changes that did not come from a client.
 struct Foreign {
+    /// They came with a run of their origin's log.
+    in_run: bool,
     hashes: HashSet<ChangeHash>,
     logged: Logged,
 }
@@ -185,10 +187,11 @@ impl Incoming {
         changes: Vec<Change>,
         permits: Arc<[Permit]>,
         logged: Logged,
+        in_run: bool,
         group: &PlacementGroup,
     ) -> Self {
         let hashes = changes.iter().map(|change| change.hash).collect();
-        let foreign = Foreign { hashes, logged };
+        let foreign = Foreign { in_run, hashes, logged };
         Self { foreign: Some(foreign), ..Self::new(changes, permits, group.clone()) }
     }
 
@@ -354,6 +357,7 @@ impl Document {
         }
         let start = state.graph.staged_end();
         let pending_before = state.graph.pending_bytes();
+        let some_waited = state.graph.pending_count() > 0;
         let step = match &incoming.foreign {
             // Another region has accepted them: they are taken in whatever room there is.
             Some(_) => {
@@ -365,6 +369,9 @@ impl Document {
         self.pending.changed(pending_before, state.graph.pending_bytes());
         let end = state.graph.staged_end();
         if end > start {
+            if some_waited || incoming.foreign.as_ref().is_some_and(|it| !it.in_run) {
+                state.ways.staged_otherwise(end);
+            }
             // Whoever waited for the document first did not create it.
             state.place(incoming.group.as_ref());
             let changes = state.staged(start..end, incoming.foreign.as_ref());

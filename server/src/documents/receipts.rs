@@ -16,12 +16,37 @@ pub(super) struct Ways {
     baseline: Baseline,
     /// How many contents of other regions are being taken in.
     contents: u32,
+    /// Where the changes end that were staged and came otherwise than from a client or with a run, or had waited for a
+    /// dependency, until they are seen to be durable; 0 if there are none.
+    otherwise_end: u64,
 }
 
 impl Ways {
     /// Of a document that was found in storage, or not.
     pub(super) fn of_loaded(exists: bool) -> Self {
-        Self { baseline: if exists { new_baseline() } else { Baseline::NOTHING }, contents: 0 }
+        Self {
+            baseline: if exists { new_baseline() } else { Baseline::NOTHING },
+            contents: 0,
+            otherwise_end: 0,
+        }
+    }
+
+    /// Changes before this position were staged that no log here need name.
+    pub(super) fn staged_otherwise(&mut self, end: u64) {
+        self.otherwise_end = end;
+    }
+
+    /// The baseline of what is durable now, and whether all that came otherwise is durable. As long as it is not, what
+    /// becomes durable of it is under a baseline of its own at each look.
+    fn look(&mut self, durable_end: u64) -> (Baseline, bool) {
+        if self.contents == 0 && self.otherwise_end == 0 {
+            return (self.baseline, true);
+        }
+        self.baseline = new_baseline();
+        if durable_end >= self.otherwise_end {
+            self.otherwise_end = 0;
+        }
+        (self.baseline, self.contents == 0 && self.otherwise_end == 0)
     }
 }
 
@@ -36,10 +61,8 @@ pub(crate) struct Durable {
     pub(crate) group: PlacementGroup,
     pub(crate) heads: Vec<ChangeHash>,
     pub(crate) baseline: Baseline,
-    /// No change waits for a dependency.
+    /// No change waits for a dependency, or is on its way in otherwise than from a client or with a run.
     pub(crate) is_closed: bool,
-    /// Changes are coming in by a way that the logs here say nothing of: the heads are true, and mean nothing for others.
-    pub(crate) in_flux: bool,
 }
 
 /// Another region's contents on their way into a document. When it is dropped they are there, as far as they ever will be.
@@ -63,17 +86,18 @@ impl Drop for TakingContents {
 impl Document {
     /// What is durable; nothing while that is nothing, and of a document that is out of service or has too many heads to name.
     pub(crate) fn durable(&self) -> Option<Durable> {
-        let state = self.lock();
-        if state.is_withheld() || state.graph.durable_end() == 0 {
+        let mut state = self.lock();
+        let durable_end = state.graph.durable_end();
+        if state.is_withheld() || durable_end == 0 {
             return None;
         }
+        let (baseline, is_settled) = state.ways.look(durable_end);
         let heads = state.graph.heads();
         (heads.len() <= RECEIPT_HEADS_MAX).then(|| Durable {
             group: state.group.clone(),
             heads,
-            baseline: state.ways.baseline,
-            is_closed: state.graph.pending_count() == 0,
-            in_flux: state.ways.contents > 0,
+            baseline,
+            is_closed: is_settled && state.graph.pending_count() == 0,
         })
     }
 

@@ -67,6 +67,8 @@ pub(super) struct Part {
     pub(super) document: DocumentId,
     pub(super) group: PlacementGroup,
     pub(super) changes: Vec<Change>,
+    /// It came with a run that the replica handed over.
+    in_run: bool,
     /// Changes with a name that cannot be read: a newer program let them in.
     unreadable: Vec<StoredChange>,
     deleted_at_ms: Option<u64>,
@@ -78,6 +80,7 @@ impl Part {
             document: document.clone(),
             group: group.clone(),
             changes: Vec::new(),
+            in_run: false,
             unreadable: Vec::new(),
             deleted_at_ms: None,
         }
@@ -175,7 +178,8 @@ impl Documents {
             chain: run.chain,
             body: run.body,
         };
-        let parts = by_document(run.entries, &run.group);
+        let mut parts = by_document(run.entries, &run.group);
+        parts.iter_mut().for_each(|part| part.in_run = true);
         let placed = self.place(parts, Some(append), permits, committer).await;
         let (documents, committer) = (self.clone(), committer.clone());
         async move {
@@ -288,7 +292,8 @@ impl Documents {
         permits: &Arc<[Permit]>,
         committer: &Committer,
     ) -> Option<String> {
-        let mut incoming = Incoming::foreign(part.changes.clone(), permits.clone(), logged, &part.group);
+        let mut incoming =
+            Incoming::foreign(part.changes.clone(), permits.clone(), logged, part.in_run, &part.group);
         loop {
             match self.offer(document, &mut incoming, committer).await {
                 Ok(None) => return None,
