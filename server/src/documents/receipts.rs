@@ -130,3 +130,32 @@ impl Documents {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_baseline_holds_until_something_comes_in_otherwise() {
+        let mut empty = Ways::of_loaded(false);
+        assert_eq!(empty.look(3), (Baseline::NOTHING, true));
+        let mut ways = Ways::of_loaded(true);
+        let (first, is_closed) = ways.look(3);
+        assert!(is_closed && first != Baseline::NOTHING);
+        assert_eq!(ways.look(5), (first, true), "what clients and runs bring changes nothing");
+
+        // Half of what came is durable: it is under no baseline that could be confirmed.
+        ways.staged_otherwise(8);
+        let (second, is_closed) = ways.look(6);
+        assert!(!is_closed && second != first);
+        let (third, is_closed) = ways.look(7);
+        assert!(!is_closed && third != second, "more of it is durable than before");
+        let (fourth, is_closed) = ways.look(8);
+        assert!(is_closed && fourth != third);
+        assert_eq!(ways.look(9), (fourth, true));
+
+        ways.contents = 1;
+        let (fifth, is_closed) = ways.look(9);
+        assert!(!is_closed && fifth != fourth);
+    }
+}
