@@ -395,6 +395,10 @@ fn what_a_sibling_stores_is_sent_and_neither_taken_back_nor_taken_for_lost() {
         *from == 1 && matches!(frame, LinkFrame::Entries { origin, .. } if *origin == sibling)
     };
     assert!(!world.sent.iter().any(taken_back), "it went to and fro");
+    let asked = |(from, frame): &(usize, LinkFrame)| {
+        *from == 0 && matches!(frame, LinkFrame::Subscribe { origin, .. } if *origin == sibling)
+    };
+    assert!(!world.sent.iter().any(asked), "the database has it already");
 
     // Another node of the region has passed more of it on than this one knows of.
     let more = Progress { seq: Seq(12), ..of_sibling(&world, sibling, (Seq(12), Chain([7; 16]))) };
