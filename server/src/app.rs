@@ -245,14 +245,15 @@ async fn claim_origins(
     Ok(origins)
 }
 
-/// Passes on how far the origins of this region are that other nodes write.
+/// Passes on how far the origins of this region are that other nodes write. Former ones are written by nobody: what they
+/// lost comes back from other regions.
 fn region_progress(
     region: &RegionName,
     following: watch::Sender<Vec<Progress>>,
 ) -> impl Fn(&[StoredOrigin]) + Send + use<> {
     let region = region.clone();
     move |origins| {
-        let ours = origins.iter().filter(|origin| origin.region == region);
+        let ours = origins.iter().filter(|origin| origin.region == region && origin.claimed);
         let ours = ours.map(|it| Progress {
             origin: it.id,
             region: it.region.clone(),

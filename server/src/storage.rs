@@ -19,9 +19,9 @@
 //!    [`StorageError::Fenced`] and nothing is stored. An origin that was replaced by a new one is fenced for ever.
 //! 5. **Definite.** An append that fails with [`StorageError::Transient`] may be repeated as it stands: the caller
 //!    passes the seqs it expects to write first, and a batch that did commit before the failure was reported is
-//!    recognised by the counters and the last runs, and answered as the success it was. A run of another region's origin
-//!    whose counter stands elsewhere — another node of the region was first — fails with
-//!    [`StorageError::OutOfStep`], and nothing of the batch is stored.
+//!    recognised by the counter and the last run of an own origin, and answered as the success it was. A run of another
+//!    region's origin whose counter stands elsewhere — another node of the region was first, or a batch without an own run
+//!    did commit — fails with [`StorageError::OutOfStep`], and this attempt has stored nothing of the batch.
 //! 6. **Whole documents.** [`Storage::load_document`] returns a base and a tail that belong together: never the
 //!    changes of before an [`Storage::install_base`] with the base of after it.
 //! 7. **Bases replace, then prune.** `install_base` is one transaction and fails with [`StorageError::Conflict`]
@@ -96,6 +96,8 @@ pub struct StoredOrigin {
     /// The last seq that is stored.
     pub seq: Seq,
     pub chain: Chain,
+    /// A node of this region has claimed it, and may be writing it.
+    pub claimed: bool,
 }
 
 /// Consecutive entries of one origin, to be appended.

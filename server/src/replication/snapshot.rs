@@ -137,6 +137,7 @@ pub(super) async fn adopt(parts: &Parts, origins: &[Progress]) {
             group: it.group.clone(),
             seq: it.seq,
             chain: it.chain,
+            claimed: false,
         })
         .collect();
     while let Err(error) = parts.storage.adopt_origins(&origins).await {

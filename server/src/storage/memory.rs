@@ -209,6 +209,7 @@ impl Storage for MemoryStorage {
             group: origin.group.clone(),
             seq: origin.seq,
             chain: origin.chain,
+            claimed: origin.slot.is_some(),
         };
         Ok(self.database()?.origins.iter().map(stored).collect())
     }

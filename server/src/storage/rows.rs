@@ -239,6 +239,7 @@ pub(super) struct OriginRow {
     placement_group: String,
     seq: i64,
     chain: Vec<u8>,
+    claimed: bool,
 }
 
 impl OriginRow {
@@ -249,6 +250,7 @@ impl OriginRow {
             group: intact(PlacementGroup::new(&self.placement_group))?,
             seq: Seq(unsigned(self.seq)?),
             chain: chain(&self.chain)?,
+            claimed: self.claimed,
         })
     }
 }

@@ -147,7 +147,7 @@ pub(super) const CLAIM_ORIGIN: &str = "\
     RETURNING id, incarnation, seq, chain";
 
 pub(super) const READ_ORIGINS: &str =
-    "SELECT id, region, placement_group, seq, chain FROM origins ORDER BY id";
+    "SELECT id, region, placement_group, seq, chain, slot IS NOT NULL AS claimed FROM origins ORDER BY id";
 
 /// Raises an origin, or creates it. Whoever held it is fenced.
 pub(super) const ADOPT_ORIGIN: &str = "\

@@ -99,8 +99,14 @@ pub async fn clause_13_adopted_origins_go_forward_and_leave_their_logs_truncated
     let storage = database.open().await;
     let (known, unknown) = (new_origin(), new_origin());
     storage.append(&other_batch(known, 1, &[append(1, 0..4)])).await.unwrap();
-    let adopted =
-        |id, seq| StoredOrigin { id, region: elsewhere(), group: group(), seq: Seq(seq), chain: chain(seq) };
+    let adopted = |id, seq| StoredOrigin {
+        id,
+        region: elsewhere(),
+        group: group(),
+        seq: Seq(seq),
+        chain: chain(seq),
+        claimed: false,
+    };
     storage.adopt_origins(&[adopted(known, 10), adopted(unknown, 7)]).await.unwrap();
     storage.adopt_origins(&[adopted(unknown, 6), adopted(known, 10)]).await.unwrap();
     let mut expected = vec![adopted(known, 10), adopted(unknown, 7)];

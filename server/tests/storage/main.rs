@@ -73,6 +73,8 @@ contract! {
     regions::clause_4_a_fenced_run_leaves_nothing_of_its_batch,
     regions::clause_5_entries_that_another_node_stored_first_are_out_of_step,
     regions::clause_5_a_repeated_batch_of_several_runs_is_recognised,
+    regions::clause_5_the_same_run_from_another_node_does_not_stand_for_the_rest_of_a_batch,
+    regions::clause_4_an_origin_is_claimed_until_it_is_replaced_or_comes_from_elsewhere,
     regions::clause_5_two_nodes_that_store_the_same_logs_leave_no_hole_and_no_duplicate,
     log::clause_8_truncation_spares_what_is_young,
     log::clause_13_adopted_origins_go_forward_and_leave_their_logs_truncated,
