@@ -63,6 +63,9 @@ pub enum LoadError {
     ChangeUnreadable { hash: ChangeHash, error: ChangeError },
     #[error("stored {0}")]
     ChangeRefused(Rejected),
+    /// It waited for a dependency, and broke a rule when that was there.
+    #[error("stored change {hash} does not fit its dependencies")]
+    ChangeDropped { hash: ChangeHash },
 }
 
 /// A document's place in memory.
@@ -420,6 +423,10 @@ fn build_now(
                 return Err(LoadError::ChangeRefused(Rejected { hash: *hash, refusal, other }));
             }
         }
+    }
+    let has = |hash: &ChangeHash| graph.position(hash).is_some() || graph.is_pending(hash);
+    if let Some(StoredChange { hash, .. }) = tail.iter().find(|change| !has(&change.hash)) {
+        return Err(LoadError::ChangeDropped { hash: *hash });
     }
     let end = graph.staged_end();
     graph.advance_durable(end);
