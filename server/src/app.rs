@@ -7,11 +7,13 @@ use std::time::Duration;
 
 use anyhow::Context;
 use axum::Router;
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
 use isobar_protocol::ids::{PeerId, RegionName};
 use isobar_protocol::link::Progress;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinError, JoinHandle};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -54,7 +56,7 @@ pub struct App {
     stop_admin: CancellationToken,
     stop_upkeep: CancellationToken,
     listeners: Vec<JoinHandle<()>>,
-    upkeep: Vec<JoinHandle<()>>,
+    upkeep: FuturesUnordered<JoinHandle<()>>,
     siblings: Siblings,
     committer: JoinHandle<Result<(), StorageError>>,
 }
@@ -107,6 +109,7 @@ impl App {
             metrics: metrics.clone(),
             receipts: receipts.clone(),
             advertise: settings.advertise.clone(),
+            groups: settings.groups.clone(),
             peer_rate_limit: settings.peer_rate_limit,
             keeps_links: siblings.keeps_links(),
             siblings: followed,
@@ -154,7 +157,7 @@ impl App {
                 serve(clients, client_routes, stop_clients.clone()),
                 serve(admin, admin_routes, stop_admin.clone()),
             ],
-            upkeep,
+            upkeep: upkeep.into_iter().collect(),
             siblings,
             committer: tokio::spawn(commits),
             node,
@@ -174,6 +177,9 @@ impl App {
             }
             () = self.siblings.lost() => {
                 anyhow::bail!("another node has this node's seat: it was out of touch with the database for too long")
+            }
+            error = panicked(&mut self.upkeep) => {
+                Err(error).context("a task of the node has panicked; without it what is served would grow old")
             }
             failed = &mut self.committer => {
                 failed?.context("the storage failed, nothing more can be acknowledged")?;
@@ -268,6 +274,18 @@ fn region_progress(
             moved
         });
     }
+}
+
+/// Resolves when one of these tasks has panicked. That one has ended is no fault.
+async fn panicked(tasks: &mut FuturesUnordered<JoinHandle<()>>) -> JoinError {
+    while let Some(ended) = tasks.next().await {
+        if let Err(error) = ended
+            && error.is_panic()
+        {
+            return error;
+        }
+    }
+    std::future::pending().await
 }
 
 /// Resolves when replication finds that this node must not write any more.

@@ -30,6 +30,7 @@ use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::commit::Committer;
+use crate::config::cluster::Groups;
 use crate::documents::Documents;
 use crate::outbox::Ephemeral;
 use crate::receipts::{Observed, Receipts};
@@ -156,6 +157,8 @@ pub struct Parts {
     pub receipts: Arc<Receipts>,
     /// Where this region's clients reach it.
     pub advertise: Option<String>,
+    /// Which regions are in which placement groups.
+    pub groups: Groups,
     /// Bytes a second that a link may send.
     pub peer_rate_limit: Option<NonZeroU64>,
     /// Whether this node keeps the region's links.
@@ -199,6 +202,13 @@ struct Shared {
     keeps_links: watch::Receiver<bool>,
     /// Set once when this node must not write any more.
     fatal: watch::Sender<Option<String>>,
+}
+
+impl Shared {
+    /// Has the node stop, for the first reason that is given.
+    fn fail(&self, reason: String) {
+        self.fatal.send_if_modified(|fatal| fatal.is_none() && fatal.replace(reason).is_none());
+    }
 }
 
 impl Replication {

@@ -190,18 +190,22 @@ impl Documents {
         }
     }
 
-    /// Deletes a document for good, in every region. Returns false if that had been done. A document that is not known here
-    /// gets a tombstone too: another region may have it.
+    /// Deletes a document for good, in every region of its group. Returns false if that had been done. A document that is not
+    /// known here gets a tombstone too: another region may have it.
     pub async fn delete(&self, id: &DocumentId, committer: &Committer) -> Result<bool, DeleteError> {
         let stored = self.storage.load_document(id).await?;
         let group = match stored {
             Some(stored) if matches!(stored.state, DocumentState::Deleted { .. }) => return Ok(false),
             Some(stored) => stored.group,
-            None => match self.resident(id) {
-                Some(document) => document.group(),
-                None => self.default_group.clone(),
-            },
+            // Whoever waits for a document that is not there has not settled its group.
+            None => {
+                let settled = self.resident(id).and_then(|document| document.settled_group());
+                settled.unwrap_or_else(|| self.default_group.clone())
+            }
         };
+        if !committer.progress().borrow().iter().any(|log| log.group == group) {
+            return Err(DeleteError::OutsideGroup(group));
+        }
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let deleted_at_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
         committer.delete(Deletion { document: id.clone(), group, deleted_at_ms }).await?;
@@ -358,6 +362,9 @@ pub enum DeleteError {
     /// Whether it was deleted could not be read. Nothing was stored.
     #[error(transparent)]
     Storage(#[from] StorageError),
+    /// The region has left the document's group since, so it could tell nobody. Nothing was stored.
+    #[error("the document is of the placement group {0}, which this region is not in any more")]
+    OutsideGroup(PlacementGroup),
     /// The deletion may or may not be stored.
     #[error(transparent)]
     Stopped(#[from] Stopped),

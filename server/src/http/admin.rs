@@ -14,6 +14,7 @@ use isobar_protocol::ids::{DocumentId, RegionName};
 use serde::Serialize;
 
 use super::Shared;
+use crate::documents::DeleteError;
 
 pub(super) fn routes() -> Router<Shared> {
     Router::new()
@@ -56,6 +57,10 @@ async fn delete_document(State(shared): State<Shared>, Path(id): Path<String>) -
     let node = &shared.node;
     match node.documents.delete(&document, &node.committer).await {
         Ok(_) => StatusCode::NO_CONTENT.into_response(),
+        Err(error @ DeleteError::OutsideGroup(_)) => {
+            let title = "the document is another region's to delete";
+            problem(StatusCode::CONFLICT, "/problems/placement-group", title, error.to_string())
+        }
         Err(error) => {
             tracing::warn!(%document, %error, "document not deleted");
             let title = "the document could not be deleted at the moment";

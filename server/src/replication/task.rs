@@ -172,6 +172,7 @@ impl Task {
             }
             self.close(previous, "another link to this region took its place");
         }
+        let peer = self.in_known_groups(peer);
         tracing::info!(region = %peer.region, "region linked");
         self.parts.metrics.linked(&peer.region, true);
         self.shared.linked.lock().insert(peer.region.clone(), link);
@@ -185,6 +186,19 @@ impl Task {
         self.offer_interests(link);
         self.offer_searches(link);
         true
+    }
+
+    /// The peer with those of its groups that this region's settings agree on: a region that is configured wrongly shall not
+    /// be sent what all others keep from it.
+    fn in_known_groups(&self, mut peer: Peer) -> Peer {
+        let known = self.parts.groups.of(&peer.region);
+        let claimed = std::mem::replace(&mut peer.groups, known);
+        peer.groups.retain(|group| claimed.contains(group));
+        if claimed != self.parts.groups.of(&peer.region) {
+            tracing::warn!(region = %peer.region, ?claimed, agreed = ?peer.groups,
+                "placement groups are configured otherwise in that region");
+        }
+        peer
     }
 
     fn close(&mut self, link: LinkId, reason: &str) {
