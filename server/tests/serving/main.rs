@@ -16,6 +16,7 @@ mod links;
 mod pace;
 mod receipts;
 mod replication;
+mod residency;
 mod siblings;
 mod support;
 mod tls;
