@@ -44,7 +44,7 @@
 
 mod decode;
 mod encode;
-pub(super) mod fields;
+pub(crate) mod fields;
 #[cfg(test)]
 mod tests;
 
