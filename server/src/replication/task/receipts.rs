@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use isobar_protocol::ids::{ChangeHash, DocumentId};
 use isobar_protocol::link::LinkFrame;
-use isobar_protocol::receipts::{Checkpoint, Effect};
+use isobar_protocol::receipts::{Checkpoint, Effect, Subject};
 use isobar_protocol::replica::LinkId;
 
 use super::Task;
@@ -15,7 +15,7 @@ impl Task {
     /// Takes in what followed documents hold now. The heads were taken before, so the logs' positions are read after them.
     pub(super) fn observe(&mut self, observed: Vec<Observed>, left: &[DocumentId]) {
         let now = self.now();
-        left.iter().for_each(|document| self.receipts.forget(document));
+        left.iter().for_each(|document| self.receipts.forget(&Subject::here(document.clone())));
         let mut targets = std::collections::BTreeMap::new();
         for Observed { document, group, baseline, heads, is_closed } in observed {
             if !self.replica.groups().contains(&group) {
@@ -31,7 +31,7 @@ impl Task {
                 Arc::new(target)
             });
             let checkpoint = Checkpoint { baseline, heads, is_closed, target: target.clone() };
-            self.receipts.observe(now, document, group, checkpoint, &self.replica);
+            self.receipts.observe(now, Subject::here(document), group, checkpoint, &self.replica);
         }
         self.perform_receipts();
     }
@@ -42,10 +42,10 @@ impl Task {
                 Effect::Ask { link, request, document, heads } => {
                     self.send(link, LinkFrame::HeadsRequest { request, document, heads });
                 }
-                Effect::Reached { link, document, heads } => {
+                Effect::Reached { link, subject, heads } => {
                     if let Some(up) = self.links.get(&link) {
                         let (region, storage) = (&up.peer.region, &up.peer.storage_id);
-                        self.parts.receipts.reached(&document, region, storage, heads);
+                        self.parts.receipts.reached(&subject.document, region, storage, heads);
                     }
                 }
             }
