@@ -27,6 +27,7 @@ use crate::outbox::Closing;
 use crate::receipts::Receipts;
 use crate::replication::{Parts, PeerTls, Replication};
 use crate::siblings::Siblings;
+use crate::siblings::exchange::{self, Exchange};
 use crate::siblings::follow::{Follower, Positions};
 use crate::storage::{self, ClaimedOrigin, Storage, StorageError, StoredOrigin};
 use crate::telemetry::Metrics;
@@ -91,17 +92,21 @@ impl App {
             Committer::new(storage.clone(), origins, documents.clone(), metrics.clone());
         let peer_id = PeerId::new(&format!("isobar-{region}-{}", uuid::Uuid::new_v4().simple()))?;
         let (following, followed) = watch::channel(Vec::new());
-        let follower = Follower::new(
-            storage.clone(),
-            documents.clone(),
-            committer.clone(),
-            metrics.clone(),
-            positions,
-            region_progress(&region, following),
-        );
-        let shares_database = seat.notices.can_be_heard();
-        let siblings = Siblings::start(seat, follower, committer.written().clone(), metrics.clone());
         let receipts = Receipts::new(region.clone(), storage_id.clone());
+        let exchange = Exchange::new(
+            &seat,
+            exchange::Parts {
+                documents: documents.clone(),
+                committer: committer.clone(),
+                receipts: receipts.clone(),
+                metrics: metrics.clone(),
+            },
+        );
+        let progress = region_progress(&region, following);
+        let follower = Follower::new(storage.clone(), exchange.clone(), positions, progress);
+        let shares_database = seat.notices.can_be_heard();
+        let siblings =
+            Siblings::start(seat, exchange.clone(), follower, committer.written().clone(), metrics.clone());
         let parts = Parts {
             storage: storage.clone(),
             documents: documents.clone(),
@@ -111,6 +116,7 @@ impl App {
             advertise: settings.advertise.clone(),
             groups: settings.groups.clone(),
             peer_rate_limit: settings.peer_rate_limit,
+            exchange: exchange.clone(),
             keeps_links: siblings.keeps_links(),
             siblings: followed,
         };
@@ -126,6 +132,7 @@ impl App {
             documents,
             committer,
             replication: regions.replication,
+            exchange,
             receipts: receipts.clone(),
             sessions: Sessions::default(),
             metrics,

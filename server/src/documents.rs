@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -90,6 +90,8 @@ pub struct Documents {
     slots: Mutex<HashMap<DocumentId, Slot>>,
     default_group: PlacementGroup,
     cold: Mutex<ColdCounts>,
+    /// Runs that are being stored.
+    applying: AtomicUsize,
     /// Each document stands here at most once.
     compactions: mpsc::UnboundedSender<Arc<Document>>,
 }
@@ -133,6 +135,7 @@ impl Documents {
             slots: Mutex::new(HashMap::new()),
             default_group: PlacementGroup::new(DEFAULT_GROUP).expect("the name is short"),
             cold: Mutex::default(),
+            applying: AtomicUsize::new(0),
             compactions,
         });
         (documents.clone(), Compactor { documents, due })

@@ -4,6 +4,9 @@
 //! whoever hears it looks at once; everybody looks once a second in any case. So nothing is lost with a notice.
 //!
 //! - [`follow`] reads the logs and has the documents in memory take what they say.
+//! - [`exchange`] is all else that passes between nodes: presence, searches, receipts, which regions are linked. Notices of it
+//!   may be lost, and are made good or missed by nobody.
+//! - [`interests`], [`keeper`] and [`search`] decide for it.
 //!
 //! This module does not know how nodes find each other: that is [`crate::storage::seat`].
 
@@ -12,6 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
+use isobar_protocol::notice::Notice;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -20,13 +24,16 @@ use crate::commit::Written;
 use crate::storage::seat::{Notices, Seat, SeatEvent};
 use crate::telemetry::Metrics;
 
+pub mod exchange;
 pub mod follow;
+mod interests;
+mod keeper;
+mod search;
 
+use exchange::Exchange;
 use follow::Follower;
 
-/// Says that the sender has appended to a log. A notice begins with a byte that says what it is; unknown ones are passed
-/// over.
-const APPENDED: u8 = 0;
+pub(crate) use search::SAID_EVERY as SEARCH_SAID_EVERY;
 
 /// Pause after saying so. What is committed meanwhile is said once.
 const APPENDED_PAUSE: Duration = Duration::from_millis(2);
@@ -49,7 +56,13 @@ pub struct Siblings {
 
 impl Siblings {
     /// Starts to follow the siblings. A seat that has none for ever costs nothing.
-    pub fn start(seat: Seat, follower: Follower, written: Arc<Written>, metrics: Arc<Metrics>) -> Self {
+    pub fn start(
+        seat: Seat,
+        exchange: Arc<Exchange>,
+        follower: Follower,
+        written: Arc<Written>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
         let Seat { notices, mut events, .. } = seat;
         let (keeps, keeps_links) = watch::channel(false);
         let (losing, lost) = watch::channel(false);
@@ -66,8 +79,9 @@ impl Siblings {
             let (told, heard) = (notices, wake.clone());
             tasks.push(spawn(Box::pin(tell_appended(written, told))));
             tasks.push(spawn(Box::pin(async move { follow(follower, &heard).await })));
+            tasks.push(spawn(Box::pin(exchange.clone().run())));
         }
-        let hearing = Hearing { wake, keeps, losing, metrics };
+        let hearing = Hearing { wake, exchange, keeps, losing, metrics };
         // Who is alone need not wait to learn it.
         while let Ok(event) = events.try_recv() {
             hearing.take(event);
@@ -109,6 +123,7 @@ type Work = std::pin::Pin<Box<dyn Future<Output = ()> + Send>>;
 /// Takes what happens to the seat, and passes it on. Without it the node does not keep the links.
 struct Hearing {
     wake: Arc<Wake>,
+    exchange: Arc<Exchange>,
     keeps: watch::Sender<bool>,
     losing: watch::Sender<bool>,
     metrics: Arc<Metrics>,
@@ -117,26 +132,51 @@ struct Hearing {
 impl Hearing {
     fn take(&self, event: SeatEvent) {
         match event {
-            SeatEvent::Told { notice, .. } => {
-                if notice.first() == Some(&APPENDED) {
-                    self.wake.look.notify_one();
-                }
-            }
+            SeatEvent::Told { by, notice } => self.hear(by, &notice),
             SeatEvent::Resumed => {
+                self.exchange.resumed();
                 self.wake.resumed.store(true, Ordering::Release);
                 self.wake.look.notify_one();
             }
             SeatEvent::KeepsLinks(keeps) => {
                 tracing::info!(keeps, "the region's links");
                 self.metrics.keeps_links.set(f64::from(u8::from(keeps)));
+                // Whoever counts what was stored so far begins after it is known here that it does, and ends before.
+                if keeps {
+                    self.exchange.keeps_links_is(true);
+                }
                 self.keeps.send_replace(keeps);
+                if !keeps {
+                    self.exchange.keeps_links_is(false);
+                }
             }
             SeatEvent::Siblings(count) => {
                 tracing::info!(count, "siblings");
                 self.metrics.siblings.set(count as f64);
+                self.exchange.siblings_are(count);
             }
             SeatEvent::Lost => {
                 self.losing.send_replace(true);
+            }
+        }
+    }
+
+    fn hear(&self, by: uuid::Uuid, notice: &Bytes) {
+        self.metrics.notices_heard.increment(1);
+        match Notice::decode(notice) {
+            Ok(Some(Notice::Appended)) => self.wake.look.notify_one(),
+            Ok(Some(Notice::Stored { documents })) => {
+                if !self.exchange.note_unlogged(documents) {
+                    self.wake.resumed.store(true, Ordering::Release);
+                }
+                self.wake.look.notify_one();
+            }
+            Ok(Some(notice)) => self.exchange.hear(by, notice),
+            // A later version's.
+            Ok(None) => {}
+            Err(error) => {
+                self.metrics.notices_malformed.increment(1);
+                tracing::debug!(%by, %error, "malformed notice");
             }
         }
     }
@@ -159,10 +199,11 @@ impl Drop for Hearing {
 
 /// Tells the siblings when something was appended.
 async fn tell_appended(written: Arc<Written>, notices: Notices) {
+    let appended = Notice::Appended.encode();
     loop {
         written.wait().await;
         // If it is dropped, they find out within a second.
-        notices.tell(Bytes::from_static(&[APPENDED]));
+        notices.tell(appended.clone());
         tokio::time::sleep(APPENDED_PAUSE).await;
     }
 }

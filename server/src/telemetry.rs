@@ -100,6 +100,10 @@ pub struct Metrics {
     pub keeps_links: Gauge,
     pub followed_changes: Counter,
     pub refreshes: Counter,
+    pub notices_told: Counter,
+    pub notices_heard: Counter,
+    pub notices_dropped: Counter,
+    pub notices_malformed: Counter,
     pub link_bytes_sent: Counter,
     pub link_bytes_before_compression: Counter,
     pub link_bytes_received: Counter,
@@ -272,6 +276,12 @@ registered! {
     keeps_links: gauge = "isobar_keeps_links", "1 if this node keeps the region's links to others.";
     followed_changes: counter = "isobar_followed_changes_total", "Changes that siblings stored, offered to documents in memory.";
     refreshes: counter = "isobar_refreshes_total", "Documents in memory brought up to what siblings stored of them, read from the database.";
+    notices_told: counter = "isobar_sibling_notices_told_total", "Notices to the other nodes of the region.";
+    notices_heard: counter = "isobar_sibling_notices_heard_total", "Notices of the other nodes of the region.";
+    notices_dropped: counter = "isobar_sibling_notices_dropped_total",
+        "Notices to the other nodes of the region that were dropped: too much waited to be told.";
+    notices_malformed: counter = "isobar_sibling_notices_malformed_total",
+        "Notices of other nodes of the region that could not be read.";
     links_refused: counter = "isobar_links_refused_total", "Links refused because the other end proved nothing or the wrong thing.";
     link_bytes_sent: counter = "isobar_link_bytes_sent_total", "Bytes sent to other regions, compressed.";
     link_bytes_before_compression: counter = "isobar_link_bytes_before_compression_total",

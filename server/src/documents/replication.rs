@@ -20,6 +20,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use isobar_protocol::change::Change;
@@ -67,8 +68,8 @@ pub(super) struct Part {
     pub(super) document: DocumentId,
     pub(super) group: PlacementGroup,
     pub(super) changes: Vec<Change>,
-    /// It came with a run that the replica handed over.
-    in_run: bool,
+    /// It came with a run that counts as taken in, for receipts, before any of it is in the document.
+    pub(super) in_run: bool,
     /// Changes with a name that cannot be read: a newer program let them in.
     unreadable: Vec<StoredChange>,
     deleted_at_ms: Option<u64>,
@@ -167,6 +168,7 @@ impl Documents {
         run: ReceivedRun,
         committer: &Committer,
     ) -> impl Future<Output = Stored> + Send + use<> {
+        let applying = Applying::begin(self);
         let permits = committer.reserve_received(run.body.len()).await;
         let append = RunAppend {
             origin: run.origin,
@@ -183,11 +185,18 @@ impl Documents {
         let placed = self.place(parts, Some(append), permits, committer).await;
         let (documents, committer) = (self.clone(), committer.clone());
         async move {
-            match documents.finish(placed, &committer).await {
+            let finished = documents.finish(placed, &committer).await;
+            drop(applying);
+            match finished {
                 Ok(stored) => stored,
                 Err(Stopped) => std::future::pending().await,
             }
         }
+    }
+
+    /// Whether a run is under way whose changes may be durable in documents before its log entries are.
+    pub(crate) fn is_applying(&self) -> bool {
+        self.applying.load(Ordering::SeqCst) > 0
     }
 
     /// Deletes a document for good, in every region of its group. Returns false if that had been done. A document that is not
@@ -353,6 +362,22 @@ impl Documents {
         if let Some(reason) = fault.or_else(|| part.unreadable_reason()) {
             self.quarantine(&document, &reason).await;
         }
+    }
+}
+
+/// A run that is being stored, until it is.
+struct Applying(Arc<Documents>);
+
+impl Applying {
+    fn begin(documents: &Arc<Documents>) -> Self {
+        documents.applying.fetch_add(1, Ordering::SeqCst);
+        Self(documents.clone())
+    }
+}
+
+impl Drop for Applying {
+    fn drop(&mut self) {
+        self.0.applying.fetch_sub(1, Ordering::SeqCst);
     }
 }
 

@@ -15,6 +15,7 @@ use serde::Serialize;
 
 use super::Shared;
 use crate::documents::DeleteError;
+use crate::replication::Replication;
 
 pub(super) fn routes() -> Router<Shared> {
     Router::new()
@@ -91,6 +92,11 @@ async fn peers(State(shared): State<Shared>) -> Response {
     let Some(replication) = &shared.node.replication else {
         return Json(Vec::<PeerView>::new()).into_response();
     };
+    if !replication.keeps_links() {
+        let title = "another node of this region keeps its links";
+        let detail = "ask that one: isobar_keeps_links says which it is";
+        return problem(StatusCode::CONFLICT, "/problems/links-kept-elsewhere", title, detail.into());
+    }
     let view = replication.view();
     let peers = view.links.into_iter().zip(view.lags_ms).map(|(link, lag_ms)| PeerView {
         region: link.region.to_string(),
@@ -127,6 +133,8 @@ enum Standing {
 #[derive(Serialize)]
 struct Convergence {
     region: String,
+    /// Whether this node keeps the region's links. If not, it says nothing of vectors and regions: another node does.
+    keeps_links: bool,
     /// The last entry that is stored here, by origin.
     vector: BTreeMap<String, u64>,
     regions: BTreeMap<String, Standing>,
@@ -137,6 +145,7 @@ async fn convergence(State(shared): State<Shared>) -> Response {
     let node = &shared.node;
     let mut answer = Convergence {
         region: node.settings.region.clone(),
+        keeps_links: node.replication.as_ref().is_none_or(Replication::keeps_links),
         vector: BTreeMap::new(),
         regions: BTreeMap::new(),
         forked_origins: Vec::new(),
@@ -145,8 +154,9 @@ async fn convergence(State(shared): State<Shared>) -> Response {
         let view = replication.view();
         answer.vector = view.vector.iter().map(|it| (it.origin.0.to_string(), it.seq.0)).collect();
         answer.forked_origins = view.forked.iter().map(|it| it.0.to_string()).collect();
-        let unlinked =
-            replication.members().into_iter().map(|it: RegionName| (it.to_string(), Standing::Unlinked));
+        // Who does not keep the links does not know who is linked.
+        let unlinked = replication.keeps_links().then(|| replication.members()).unwrap_or_default();
+        let unlinked = unlinked.into_iter().map(|it: RegionName| (it.to_string(), Standing::Unlinked));
         answer.regions = unlinked.collect();
         for link in view.links {
             let standing = match (link.behind, link.ahead) {

@@ -106,6 +106,7 @@ pub(super) async fn standing(
 
 /// Stores what is not here yet. Returns when it is durable, however long that takes; what cannot be used is left out.
 pub(super) async fn store_page(parts: &Parts, documents: Vec<DocumentContents>) {
+    let ids: Vec<DocumentId> = documents.iter().map(|it| it.document.clone()).collect();
     for contents in documents {
         let document = contents.document.clone();
         let mut pause = RETRY;
@@ -125,6 +126,7 @@ pub(super) async fn store_page(parts: &Parts, documents: Vec<DocumentContents>) 
             pause = (pause * 2).min(Duration::from_secs(10));
         }
     }
+    parts.exchange.stored(ids);
 }
 
 /// Raises the counters to the snapshot's, however long it takes.

@@ -1,12 +1,12 @@
 //! The task that owns the replica: turns events into its calls, and keeps what is seen from outside up to date.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use isobar_protocol::ids::{OriginId, RegionName, Seq};
+use isobar_protocol::ids::{OriginId, PlacementGroup, RegionName, Seq};
 use isobar_protocol::link::{LinkFrame, Progress};
-use isobar_protocol::receipts::Receipts;
+use isobar_protocol::receipts::{Observer, Receipts, Target};
 use isobar_protocol::replica::{LinkId, LinkStatus, Moment, Peer, Replica};
 use tokio::sync::{mpsc, oneshot};
 
@@ -18,8 +18,10 @@ use crate::storage::Acknowledgement;
 mod effects;
 mod exchange;
 mod receipts;
+mod siblings;
 
 use exchange::Exchange;
+use siblings::Observers;
 
 /// How often the replica is told that time has passed.
 const TICK: Duration = Duration::from_millis(10);
@@ -44,6 +46,9 @@ pub(super) struct Task {
     links: HashMap<LinkId, Up>,
     exchange: Exchange,
     receipts: Receipts,
+    observers: Observers,
+    /// The last target of each group.
+    targets: BTreeMap<PlacementGroup, Target>,
     /// Ends when the last run of an origin has taken its place in the queue to the log.
     last_placed: HashMap<OriginId, oneshot::Receiver<()>>,
     /// Acknowledgements that are not noted in the database yet.
@@ -66,6 +71,8 @@ impl Task {
             links: HashMap::new(),
             exchange: Exchange::default(),
             receipts: Receipts::default(),
+            observers: Observers::default(),
+            targets: BTreeMap::new(),
             last_placed: HashMap::new(),
             unnoted: HashMap::new(),
             started: Instant::now(),
@@ -130,6 +137,7 @@ impl Task {
         let links: Vec<LinkId> = self.links.keys().copied().collect();
         links.into_iter().for_each(|link| self.close(link, reason));
         self.shared.presence_wanted.store(false, std::sync::atomic::Ordering::Relaxed);
+        self.parts.exchange.regions_want(Vec::new());
         *self.shared.view.lock() = View::default();
     }
 
@@ -152,8 +160,10 @@ impl Task {
             Event::Search { document, group, found } => self.search(document, group, found),
             Event::Reply { link, frame } => self.send(link, frame),
             Event::Fetched { request } => self.exchange.settle(request, &SearchOutcome::Found),
-            Event::Presence(message) => self.relay_presence(&message),
-            Event::Observed { observed, left } => self.observe(observed, &left),
+            Event::Presence { group, message } => self.relay_presence(&group, &message),
+            Event::Observed { observed, left } => self.observe(Observer::HERE, observed, left, &[]),
+            Event::Told { by, notice } => self.told(by, notice),
+            Event::OriginsRead(origins) => self.origins_read(origins),
         }
     }
 
@@ -185,6 +195,7 @@ impl Task {
         self.perform_receipts();
         self.offer_interests(link);
         self.offer_searches(link);
+        self.state_keeping();
         true
     }
 
@@ -224,6 +235,7 @@ impl Task {
         self.exchange.link_closed(link);
         self.receipts.link_closed(link);
         self.replica.link_closed(self.now(), link);
+        self.state_keeping();
     }
 
     fn receive(&mut self, link: LinkId, frame: LinkFrame) {
@@ -251,6 +263,7 @@ impl Task {
     fn look_after(&mut self) {
         self.refresh_interests();
         self.exchange.expire();
+        self.look_after_siblings();
         let now = self.now();
         let links: Vec<LinkStatus> = self.replica.links().collect();
         let waiting: usize = self.links.values().map(|up| up.outgoing.len()).sum();

@@ -17,6 +17,7 @@ use isobar_protocol::config::Limits;
 use isobar_protocol::ids::{OriginId, Seq};
 use isobar_protocol::log::open_run;
 
+use super::exchange::{self, Exchange};
 use crate::commit::Committer;
 use crate::documents::Documents;
 use crate::storage::{Storage, StorageError, StoredOrigin, StoredRun};
@@ -53,6 +54,7 @@ pub struct Follower {
     /// The documents in memory may lack what no log says.
     refresh_due: bool,
     failing: bool,
+    exchange: Arc<Exchange>,
     on_origins: OnOrigins,
 }
 
@@ -60,18 +62,18 @@ impl Follower {
     /// `on_origins` is told of the origins of others whenever they were read.
     pub fn new(
         storage: Arc<dyn Storage>,
-        documents: Arc<Documents>,
-        committer: Committer,
-        metrics: Arc<Metrics>,
+        exchange: Arc<Exchange>,
         Positions(positions): Positions,
         on_origins: impl Fn(&[StoredOrigin]) + Send + 'static,
     ) -> Self {
+        let exchange::Parts { documents, committer, metrics, .. } = exchange.parts.clone();
         let own = committer.progress().borrow().iter().map(|log| log.origin).collect();
         Self {
             storage,
             documents,
             committer,
             metrics,
+            exchange,
             own,
             positions,
             refresh_due: false,
@@ -93,6 +95,12 @@ impl Follower {
                 tracing::warn!(%error, "siblings' logs not read, trying on");
             }
             Err(_) => {}
+        }
+        for document in self.exchange.take_unlogged() {
+            if let Err(error) = self.documents.refresh(&document, &self.committer).await {
+                tracing::warn!(%document, %error, "document not refreshed");
+                self.refresh_due = true;
+            }
         }
         if std::mem::take(&mut self.refresh_due) && !self.documents.refresh_all(&self.committer).await {
             self.refresh_due = true;
@@ -136,9 +144,13 @@ impl Follower {
     }
 
     async fn take(&mut self, origin: &StoredOrigin, run: &StoredRun) {
+        // Asked after the run was read: whoever keeps the links from now on counts it. A keeper does not count what others
+        // store under its eyes.
+        let is_counted = !self.exchange.keeps_links();
         match open_run(&run.body, &Limits::stored()) {
             Ok(entries) => {
-                let taken = self.documents.follow(entries, &origin.group, &self.committer).await;
+                let followed = self.documents.follow(entries, &origin.group, is_counted, &self.committer);
+                let taken = followed.await;
                 self.metrics.followed_changes.increment(taken);
             }
             Err(error) => {

@@ -1,5 +1,6 @@
 //! Several nodes on one database: any of them serves any document, and clients do not notice which.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use automerge::transaction::Transactable;
@@ -14,6 +15,9 @@ use isobar_testkit::{TestServer, shared};
 use sqlx::Connection;
 
 use crate::support::{Client, Node, append, document_id, eventually, in_time, number, put, settings};
+
+mod exchange;
+mod regions;
 
 /// A database that several nodes share.
 enum Shared {
@@ -312,7 +316,12 @@ async fn a_node_that_comes_joins_and_one_that_is_killed_loses_nothing() {
 
 /// A node of region "near" that dials `peers`, or of "far".
 fn region(name: &str, key: &ClusterKey, peers: &[&Node]) -> Settings {
-    let address = |node: &&Node| PeerAddress::WebSocket(format!("ws://{}", node.peers.unwrap()));
+    let peers: Vec<_> = peers.iter().map(|node| node.peers.unwrap()).collect();
+    region_at(name, key, &peers)
+}
+
+fn region_at(name: &str, key: &ClusterKey, peers: &[SocketAddr]) -> Settings {
+    let address = |peer: &SocketAddr| PeerAddress::WebSocket(format!("ws://{peer}"));
     Settings {
         region: name.to_owned(),
         cluster_key: Some(key.clone()),
