@@ -10,8 +10,8 @@
 //! document's group has been taken in here, committed or not. Changes reach a document in three ways:
 //!
 //! 1. from a client of this node: they stand in the node's own log, durable no later than in the document;
-//! 2. with a run of another log: the target counts the run from the moment at which it was handed over to be stored, before any of
-//!    its changes is in the document;
+//! 2. with a run of another log: the target counts the run from the moment at which it was handed over to be stored, or was
+//!    found in the database where another node of the region had stored it, before any of its changes is in the document;
 //! 3. otherwise — loaded from storage, or fetched whole by a search or a snapshot. Which logs name them is not known, and these
 //!    may be ahead of everything here.
 //!

@@ -141,14 +141,8 @@ impl Hearing {
             SeatEvent::KeepsLinks(keeps) => {
                 tracing::info!(keeps, "the region's links");
                 self.metrics.keeps_links.set(f64::from(u8::from(keeps)));
-                // Whoever counts what was stored so far begins after it is known here that it does, and ends before.
-                if keeps {
-                    self.exchange.keeps_links_is(true);
-                }
+                self.exchange.keeps_links_is(keeps);
                 self.keeps.send_replace(keeps);
-                if !keeps {
-                    self.exchange.keeps_links_is(false);
-                }
             }
             SeatEvent::Siblings(count) => {
                 tracing::info!(count, "siblings");

@@ -26,18 +26,17 @@ use crate::storage::{DocumentState, StorageError, StoredBase};
 use crate::telemetry::MaterialiseReason;
 
 impl Documents {
-    /// Has documents in memory take what a sibling's log says. Returns how many changes they were offered. `is_counted` says
-    /// that whoever has receipts of them given counts this part of the log (`isobar_protocol::receipts`).
+    /// Has documents in memory take what a log says that this node did not store. Returns how many changes they were offered.
+    /// For receipts this part of the log must count as taken in by now.
     pub async fn follow(
         self: &Arc<Self>,
         entries: Vec<(DocumentId, Opened)>,
         group: &PlacementGroup,
-        is_counted: bool,
         committer: &Committer,
     ) -> u64 {
         let mut taken = 0;
         for mut part in by_document(entries, group) {
-            part.in_run = is_counted;
+            part.in_run = true;
             if part.is_deletion() {
                 self.deleted(&part.document);
             } else if self.has_slot(&part.document) {

@@ -155,7 +155,7 @@ async fn convergence(State(shared): State<Shared>) -> Response {
         answer.vector = view.vector.iter().map(|it| (it.origin.0.to_string(), it.seq.0)).collect();
         answer.forked_origins = view.forked.iter().map(|it| it.0.to_string()).collect();
         // Who does not keep the links does not know who is linked.
-        let unlinked = replication.keeps_links().then(|| replication.members()).unwrap_or_default();
+        let unlinked = if answer.keeps_links { replication.members() } else { Vec::new() };
         let unlinked = unlinked.into_iter().map(|it: RegionName| (it.to_string(), Standing::Unlinked));
         answer.regions = unlinked.collect();
         for link in view.links {

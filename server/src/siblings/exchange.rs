@@ -6,13 +6,13 @@
 //! [`interests`](super::interests), [`keeper`](super::keeper) and [`search`](super::search); the keeper's half is
 //! `replication/task/siblings`.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use isobar_protocol::config::{PRESENCE_DATA_BYTES_MAX, SNAPSHOT_PAGE_DOCUMENTS_MAX};
-use isobar_protocol::ids::{DocumentId, PlacementGroup};
+use isobar_protocol::ids::{DocumentId, OriginId, PlacementGroup, Seq};
 use isobar_protocol::link::Standing;
 use isobar_protocol::notice::{KnownRegion, Notice, Observation, parts};
 use isobar_protocol::replica::Moment;
@@ -27,6 +27,7 @@ use crate::documents::Documents;
 use crate::outbox::Ephemeral;
 use crate::receipts::Receipts;
 use crate::replication::{Inbox, SearchOutcome};
+use crate::storage::StoredOrigin;
 use crate::storage::seat::{Notices, Seat};
 use crate::telemetry::Metrics;
 
@@ -57,6 +58,8 @@ pub struct Exchange {
     keeper: Mutex<Keeper>,
     searches: Mutex<Searches>,
     unlogged: Mutex<HashSet<DocumentId>>,
+    /// How far logs were followed since the node started.
+    followed: Mutex<HashMap<OriginId, (PlacementGroup, Seq)>>,
     /// Where what siblings say to a keeper goes.
     inbox: OnceLock<Inbox>,
     started: Instant,
@@ -75,6 +78,7 @@ impl Exchange {
             keeper: Mutex::new(Keeper::new(seat.node)),
             searches: Mutex::default(),
             unlogged: Mutex::default(),
+            followed: Mutex::default(),
             inbox: OnceLock::new(),
             started: Instant::now(),
         })
@@ -94,7 +98,7 @@ impl Exchange {
         self.siblings.load(Ordering::Relaxed) > 0
     }
 
-    pub(super) fn keeps_links(&self) -> bool {
+    fn keeps_links(&self) -> bool {
         self.keeps_links.load(Ordering::SeqCst)
     }
 
@@ -295,8 +299,20 @@ impl Exchange {
     }
 }
 
-/// What no log names.
+/// What siblings have stored.
 impl Exchange {
+    /// What an origin's log says up to there is about to be taken by documents.
+    pub(super) fn note_followed(&self, origin: &StoredOrigin, last: Seq) {
+        self.followed.lock().insert(origin.id, (origin.group.clone(), last));
+    }
+
+    /// How far the logs of a group were followed: what documents hold by them is at most that.
+    pub(crate) fn followed(&self, group: &PlacementGroup) -> Vec<(OriginId, Seq)> {
+        let followed = self.followed.lock();
+        let of_group = followed.iter().filter(|(_, (of, _))| of == group);
+        of_group.map(|(origin, (_, seq))| (*origin, *seq)).collect()
+    }
+
     /// Contents of these documents were stored here that no log here need name.
     pub(crate) fn stored(&self, documents: Vec<DocumentId>) {
         if !self.has_siblings() {

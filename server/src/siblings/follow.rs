@@ -144,12 +144,11 @@ impl Follower {
     }
 
     async fn take(&mut self, origin: &StoredOrigin, run: &StoredRun) {
-        // Asked after the run was read: whoever keeps the links from now on counts it. A keeper does not count what others
-        // store under its eyes.
-        let is_counted = !self.exchange.keeps_links();
+        // Before any of it is in a document: then heads that hold it are never looked at without it.
+        self.exchange.note_followed(origin, run.last);
         match open_run(&run.body, &Limits::stored()) {
             Ok(entries) => {
-                let followed = self.documents.follow(entries, &origin.group, is_counted, &self.committer);
+                let followed = self.documents.follow(entries, &origin.group, &self.committer);
                 let taken = followed.await;
                 self.metrics.followed_changes.increment(taken);
             }

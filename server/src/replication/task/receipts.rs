@@ -13,9 +13,13 @@ use super::Task;
 use crate::replication::Event;
 use crate::storage::StoredOrigin;
 
+/// Heads up to which somebody holds a document.
+pub(super) type Held = (DocumentId, Vec<ChangeHash>);
+
 impl Task {
     /// Takes in what documents hold now that are followed at a node. The heads were taken before, so the logs' positions are
-    /// read after them: those that the replica knows and, of a sibling's heads, those that the database says (`origins`).
+    /// read after them: those that the replica knows, those that were followed here and, of a sibling's heads, those that the
+    /// database says (`origins`).
     pub(super) fn observe(
         &mut self,
         observer: Observer,
@@ -51,6 +55,8 @@ impl Task {
         // The replica may not have been told yet what the heads hold already.
         let own = self.parts.committer.progress();
         own.borrow().iter().filter(|it| it.group == *group).for_each(|it| target.raise(it.origin, it.seq));
+        let followed = self.parts.exchange.followed(group);
+        followed.into_iter().for_each(|(origin, seq)| target.raise(origin, seq));
         let stored = origins.iter().filter(|it| it.group == *group);
         stored.for_each(|it| target.raise(it.id, it.seq));
         let former = self.targets.remove(group).unwrap_or_default();
@@ -60,8 +66,7 @@ impl Task {
     }
 
     pub(super) fn perform_receipts(&mut self) {
-        let mut for_siblings: BTreeMap<(Observer, LinkId), Vec<(DocumentId, Vec<ChangeHash>)>> =
-            BTreeMap::new();
+        let mut for_siblings: BTreeMap<(Observer, LinkId), Vec<Held>> = BTreeMap::new();
         for effect in self.receipts.effects() {
             match effect {
                 Effect::Ask { link, request, document, heads } => {

@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::time::{Duration, Instant};
 
 use isobar_protocol::config::NOTICE_NODES_MAX;
-use isobar_protocol::ids::{ChangeHash, DocumentId, PlacementGroup};
+use isobar_protocol::ids::{DocumentId, PlacementGroup};
 use isobar_protocol::link::Standing;
 use isobar_protocol::notice::{Notice, Observation, ObserverStanding, parts};
 use isobar_protocol::receipts::Observer;
@@ -21,6 +21,7 @@ use tokio::sync::oneshot;
 use uuid::Uuid;
 
 use super::Task;
+use super::receipts::Held;
 use crate::replication::{Event, SearchOutcome};
 use crate::siblings::SEARCH_SAID_EVERY;
 use crate::storage::StoredOrigin;
@@ -138,7 +139,8 @@ impl Task {
         match notice {
             Notice::Search { request, group, document } => self.search_for(by, request, document, group),
             Notice::Observed { epoch, number, observed, left } => {
-                if self.observers.take((by, epoch, number), observed, left, Instant::now()) {
+                let is_due = self.observers.take((by, epoch, number), observed, left, Instant::now());
+                if is_due {
                     self.read_origins();
                 }
             }
@@ -202,16 +204,9 @@ impl Task {
         self.receipts.forget_observer(observer);
     }
 
-    pub(super) fn tell_reached(
-        &mut self,
-        observer: Observer,
-        link: LinkId,
-        documents: Vec<(DocumentId, Vec<ChangeHash>)>,
-    ) {
+    pub(super) fn tell_reached(&mut self, observer: Observer, link: LinkId, documents: Vec<Held>) {
         let Some(up) = self.links.get(&link) else { return };
-        let weight = |(document, heads): &(DocumentId, Vec<ChangeHash>)| {
-            document.as_bytes().len() + 32 * heads.len() + 4
-        };
+        let weight = |(document, heads): &Held| document.as_bytes().len() + 32 * heads.len() + 4;
         for documents in parts(documents, weight) {
             // Counted before it is told: if it is dropped, the node finds that it lacks one.
             let Some(epoch) = self.observers.told(observer) else { return };
