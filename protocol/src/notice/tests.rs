@@ -120,8 +120,10 @@ fn items_are_cut_into_parts_that_fit() {
 
 proptest! {
     #[test]
-    fn garbage_is_read_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..200), kind in 0..12_u8) {
-        let bytes: Vec<u8> = std::iter::once(kind).chain(bytes).collect();
-        let _ = Notice::decode(&bytes.into());
+    fn garbage_is_refused_or_has_one_encoding(bytes in proptest::collection::vec(0..20_u8, 0..200), kind in 0..12_u8) {
+        let bytes: Bytes = std::iter::once(kind).chain(bytes).collect();
+        if let Ok(Some(notice)) = Notice::decode(&bytes) {
+            prop_assert!(bytes.starts_with(&notice.encode()));
+        }
     }
 }
