@@ -124,8 +124,7 @@ impl Exchange {
         loop {
             upkeep.tick().await;
             let now = self.now();
-            let steps = self.keeper.lock().tick(now);
-            self.perform(steps);
+            self.keeper_says(|keeper| keeper.tick(now));
             if self.has_siblings() {
                 self.refresh_interests(now);
             }
@@ -143,6 +142,12 @@ impl Exchange {
         notices.iter().for_each(|notice| {
             self.tell(notice);
         });
+    }
+
+    /// Takes what is new of the keeper, and does what follows from it before anything else becomes known of it.
+    fn keeper_says(&self, news: impl FnOnce(&mut Keeper) -> Vec<Step>) {
+        let mut keeper = self.keeper.lock();
+        self.perform(news(&mut keeper));
     }
 
     fn perform(&self, steps: Vec<Step>) {
@@ -170,15 +175,13 @@ impl Exchange {
     /// Notices may have been missed.
     pub(super) fn resumed(&self) {
         self.interests.lock().restate_soon();
-        let steps = self.keeper.lock().lose();
-        self.perform(steps);
+        self.keeper_says(Keeper::lose);
     }
 
     /// This node keeps the region's links from now on, or does not any more.
     pub(super) fn keeps_links_is(&self, keeps: bool) {
         self.keeps_links.store(keeps, Ordering::SeqCst);
-        let steps = self.keeper.lock().lose();
-        self.perform(steps);
+        self.keeper_says(Keeper::lose);
     }
 
     /// A sibling has told something other than that it has appended.
@@ -197,8 +200,7 @@ impl Exchange {
                 }
             }
             Notice::Keeping { regions, observers } if !self.keeps_links() => {
-                let steps = self.keeper.lock().stated(now, by, regions, &observers);
-                self.perform(steps);
+                self.keeper_says(|keeper| keeper.stated(now, by, regions, &observers));
             }
             Notice::Searching { node, request } if node == self.node() => {
                 self.searches.lock().goes_on(request);
@@ -207,8 +209,9 @@ impl Exchange {
                 self.searched(request, outcome);
             }
             Notice::Reached { node, epoch, region, storage_id, link, documents } if node == self.node() => {
-                let steps = self.keeper.lock().reached(by, epoch, &region, link);
-                let Some(steps) = steps else { return };
+                // As long as it is locked nobody finds that the link has ended.
+                let mut keeper = self.keeper.lock();
+                let Some(steps) = keeper.reached(by, epoch, &region, link) else { return };
                 self.perform(steps);
                 for (document, heads) in documents {
                     self.parts.receipts.reached(&document, &region, &storage_id, heads);
