@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use isobar_protocol::config::{PRESENCE_DATA_BYTES_MAX, SNAPSHOT_PAGE_DOCUMENTS_MAX};
+use isobar_protocol::config::SNAPSHOT_PAGE_DOCUMENTS_MAX;
 use isobar_protocol::ids::{DocumentId, OriginId, PlacementGroup, Seq};
 use isobar_protocol::link::Standing;
 use isobar_protocol::notice::{KnownRegion, Notice, Observation, parts};
@@ -19,7 +19,7 @@ use isobar_protocol::replica::Moment;
 use parking_lot::Mutex;
 use uuid::Uuid;
 
-use super::interests::{SiblingInterests, Wanted};
+use super::interests::SiblingInterests;
 use super::keeper::{Keeper, Step};
 use super::search::{self, Searches};
 use crate::commit::Committer;
@@ -30,6 +30,8 @@ use crate::replication::{Inbox, SearchOutcome};
 use crate::storage::StoredOrigin;
 use crate::storage::seat::{Notices, Seat};
 use crate::telemetry::Metrics;
+
+mod presence;
 
 /// How often interests and silences are looked after.
 const UPKEEP: Duration = Duration::from_millis(500);
@@ -192,7 +194,8 @@ impl Exchange {
                 self.interests.lock().received(now, by, scope, anew, (add, &remove));
             }
             Notice::Presence { from_region, group, document, sender, session, count, data } => {
-                self.hear_presence(from_region, &group, Ephemeral { sender, document, session, count, data });
+                let message = Ephemeral { sender, document, session, count, data };
+                self.hear_presence(from_region, &group, message);
             }
             Notice::Search { .. } | Notice::Observed { .. } => {
                 if let Some(inbox) = self.inbox.get().filter(|_| self.keeps_links()) {
@@ -228,77 +231,6 @@ impl Exchange {
 
     fn node(&self) -> Uuid {
         self.keeper.lock().node()
-    }
-}
-
-/// Presence.
-impl Exchange {
-    /// Passes a client's message on to the siblings that want it, for themselves or for other regions; lossy.
-    pub(crate) fn relay(&self, group: &PlacementGroup, message: &Ephemeral) {
-        if !self.has_siblings() {
-            return;
-        }
-        let wanted = self.interests.lock().wanted(&message.document, group);
-        if wanted != (Wanted { by_sessions: false, by_regions: false }) {
-            self.tell_presence(false, group, message);
-        }
-    }
-
-    /// Passes a message of another region on to the siblings that want it; lossy.
-    pub(crate) fn relay_from_region(&self, group: &PlacementGroup, message: &Ephemeral) {
-        if self.has_siblings() && self.interests.lock().wanted(&message.document, group).by_sessions {
-            self.tell_presence(true, group, message);
-        }
-    }
-
-    fn tell_presence(&self, from_region: bool, group: &PlacementGroup, message: &Ephemeral) {
-        let Ephemeral { sender, document, session, count, data } = message;
-        if data.len() > PRESENCE_DATA_BYTES_MAX {
-            return self.parts.metrics.lossy_dropped.increment(1);
-        }
-        let notice = Notice::Presence {
-            from_region,
-            group: group.clone(),
-            document: document.clone(),
-            sender: sender.clone(),
-            session: session.clone(),
-            count: *count,
-            data: data.clone(),
-        };
-        let told = self.notices.tell_lossy(notice.encode());
-        self.count_told(told);
-        self.parts.metrics.lossy_dropped.increment(u64::from(!told));
-    }
-
-    fn hear_presence(&self, from_region: bool, group: &PlacementGroup, message: Ephemeral) {
-        let message = Arc::new(message);
-        if let Some(document) = self.parts.documents.resident(&message.document) {
-            let Some(dropped) = document.relay(None, &message) else { return };
-            self.parts.metrics.lossy_dropped.increment(dropped);
-        }
-        if let Some(inbox) = self.inbox.get().filter(|_| !from_region && self.keeps_links()) {
-            inbox.relay(group, &message);
-        }
-    }
-
-    /// What the sessions of siblings have open.
-    pub(crate) fn open_at_siblings(&self) -> Vec<(DocumentId, PlacementGroup)> {
-        self.interests.lock().open_at_siblings()
-    }
-
-    /// The group of a document that a sibling's sessions have open.
-    pub(crate) fn group_of(&self, document: &DocumentId) -> Option<PlacementGroup> {
-        self.interests.lock().group_of(document)
-    }
-
-    /// Whether a sibling has said lately that its sessions have documents open.
-    pub(crate) fn is_heard(&self, node: &Uuid) -> bool {
-        self.interests.lock().is_heard(node)
-    }
-
-    /// What other regions want, as the one that keeps the links knows.
-    pub(crate) fn regions_want(&self, documents: Vec<DocumentId>) {
-        *self.regions_want.lock() = documents;
     }
 }
 
