@@ -196,6 +196,9 @@ pub const SCRUB_SMALL_BUCKET_DOCUMENTS: usize = 4_096;
 /// sought for their hashes crowd like that; with the longest ids it is a frame of 5 MiB.
 pub const SCRUB_DOCUMENTS_MAX: usize = 65_536;
 
+/// Most documents whose fingerprints one frame asks for by their ids. Each is read for it.
+pub const SCRUB_DOCUMENTS_ASKED_MAX: usize = 1_024;
+
 /// What an operator may set.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limits {

@@ -62,6 +62,11 @@ impl Target {
         *known = seq.max(*known);
     }
 
+    /// Raises every log's position to the other target's.
+    pub fn raise_all(&mut self, other: &Self) {
+        other.iter().for_each(|(origin, seq)| self.raise(*origin, *seq));
+    }
+
     pub fn iter(&self) -> impl Iterator<Item = (&OriginId, &Seq)> {
         self.0.iter()
     }

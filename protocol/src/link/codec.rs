@@ -25,6 +25,9 @@
 //! Failed          18   message
 //! HeadsRequest    21   request document hash*          hashes are 32 bytes
 //! HeadsAnswer     22   request 0 | 1
+//! FingerprintsRequest 30 request document*
+//! PositionsRequest    31 request
+//! PositionsAnswer     32 request (origin seq)*?
 //!
 //! progress = origin region group seq chain             origin and chain: 16 bytes each
 //! contents = document group 0 change*                  without a base
@@ -75,6 +78,9 @@ mod kind {
     pub const FAILED: u8 = 18;
     pub const HEADS_REQUEST: u8 = 21;
     pub const HEADS_ANSWER: u8 = 22;
+    pub const FINGERPRINTS_REQUEST: u8 = 30;
+    pub const POSITIONS_REQUEST: u8 = 31;
+    pub const POSITIONS_ANSWER: u8 = 32;
 }
 
 const STANDING_ABSENT: u8 = 0;
