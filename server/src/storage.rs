@@ -44,6 +44,10 @@
 //! 14. **One seat each.** Of the nodes that have a seat ([`Storage::take_seat`]) no two have the same slot, and at most one
 //!     keeps the links but for a moment. A seat is free again when its process is gone, without anybody waiting for a
 //!     term to run out, or when its machine has not been heard of for some seconds.
+//! 15. **Damage stays in its row.** A row of changes that does not decode is left out of the tail, and named beside it
+//!     ([`StoredDocument::damaged_rows`]); the rest of the document is read, and nothing fails. [`Storage::mend_changes`] gives
+//!     every stored copy of a change the bytes that the caller has for it, and removes rows that do not decode; a change that is
+//!     not stored stays out.
 
 mod bundle;
 mod clock;
@@ -215,6 +219,8 @@ pub struct StoredDocument {
     pub base: Option<StoredBase>,
     /// In no particular order: the core orders changes by their dependencies.
     pub tail: Vec<StoredChange>,
+    /// For each row that does not decode, the names of its changes as far as they can be read (clause 15).
+    pub damaged_rows: Vec<Vec<ChangeHash>>,
 }
 
 /// A document in a listing.
@@ -320,6 +326,10 @@ pub trait Storage: Send + Sync + 'static {
     /// time, so that appends are not held up, and roughly in the order in which they were appended: changes that came
     /// together are stored together, and leave at the least cost together.
     async fn prune_changes(&self, document: &DocumentId, covered: &[ChangeHash]) -> Result<(), StorageError>;
+
+    /// Replaces the bytes of stored changes by these, and removes rows that do not decode (clause 15). To be called when
+    /// everything that shall be kept of the document has been appended.
+    async fn mend_changes(&self, document: &DocumentId, good: &[StoredChange]) -> Result<(), StorageError>;
 
     /// Records that the tail holds no covered change any more, if `generation` is still the current base.
     async fn finish_prune(&self, document: &DocumentId, generation: u64) -> Result<(), StorageError>;

@@ -94,6 +94,7 @@ impl LoadedRow {
             state: state(present(self.state, "state")?, self.state_reason, self.deleted_at)?,
             base,
             tail: Vec::new(),
+            damaged_rows: Vec::new(),
         })
     }
 }
@@ -112,10 +113,11 @@ pub(super) fn loaded_document(rows: Vec<LoadedRow>) -> Result<Option<StoredDocum
         } else {
             let first = Seq(unsigned(present(row.first_seq, "seq")?)?);
             let changes = present(row.changes, "changes")?.into();
-            tail.push(first, &present(row.hashes, "hashes")?, &changes)?;
+            tail.push(first, &present(row.hashes, "hashes")?, &changes);
         }
     }
-    Ok(loaded.map(|document| StoredDocument { tail: tail.into_changes(), ..document }))
+    let damaged_rows = tail.take_damaged();
+    Ok(loaded.map(|document| StoredDocument { tail: tail.into_changes(), damaged_rows, ..document }))
 }
 
 /// Of [`super::schema::LIST_DOCUMENTS`].

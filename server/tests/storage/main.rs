@@ -56,6 +56,7 @@ contract! {
     documents::clause_7_two_nodes_may_prune_a_document_at_once,
     documents::clause_7_of_two_installs_at_once_one_is_refused,
     documents::clause_11_documents_do_not_touch_each_other,
+    documents::clause_15_mending_gives_every_stored_copy_its_bytes_and_adds_nothing,
     log::a_reader_gets_what_follows_its_cursor_up_to_its_limit,
     log::clause_8_truncation_removes_a_prefix_and_keeps_the_counter,
     log::clause_8_a_repeated_append_is_recognised_after_truncation,
