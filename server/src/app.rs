@@ -26,6 +26,8 @@ use crate::node::{Node, Sessions};
 use crate::outbox::Closing;
 use crate::receipts::Receipts;
 use crate::replication::{Parts, PeerTls, Replication};
+use crate::scrub::Surveyor;
+use crate::scrub::verify::Verifier;
 use crate::siblings::Siblings;
 use crate::siblings::exchange::{self, Exchange};
 use crate::siblings::follow::{Follower, Positions};
@@ -113,6 +115,7 @@ impl App {
             committer: committer.clone(),
             metrics: metrics.clone(),
             receipts: receipts.clone(),
+            surveyor: Surveyor::new(storage.clone(), documents.clone()),
             advertise: settings.advertise.clone(),
             groups: settings.groups.clone(),
             peer_rate_limit: settings.peer_rate_limit,
@@ -150,6 +153,9 @@ impl App {
         let follow = receipts.run(node.replication.clone());
         upkeep.push(tokio::spawn(cancellable(stop_upkeep.clone(), follow)));
         upkeep.extend(regions.tasks);
+        if let Some(verifier) = verifier(&node) {
+            upkeep.push(tokio::spawn(cancellable(stop_upkeep.clone(), verifier.run())));
+        }
         if node.replication.is_none() {
             upkeep.push(tokio::spawn(cancellable(
                 stop_upkeep.clone(),
@@ -256,6 +262,19 @@ async fn claim_origins(
         origins.push(origin);
     }
     Ok(origins)
+}
+
+/// What hashes stored bytes again, unless that is switched off.
+fn verifier(node: &Node) -> Option<Verifier> {
+    let bytes_per_second = node.settings.verify_rate;
+    (bytes_per_second > 0).then(|| Verifier {
+        storage: node.storage.clone(),
+        documents: node.documents.clone(),
+        committer: node.committer.clone(),
+        replication: node.replication.clone(),
+        metrics: node.metrics.clone(),
+        bytes_per_second,
+    })
 }
 
 /// Passes on how far the origins of this region are that other nodes write. Former ones are written by nobody: what they

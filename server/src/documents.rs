@@ -27,7 +27,9 @@ use crate::telemetry::Metrics;
 mod compaction;
 mod contents;
 mod document;
+mod inspection;
 mod receipts;
+mod repair;
 mod replication;
 mod siblings;
 
@@ -36,6 +38,8 @@ use replication::ColdCounts;
 
 pub use contents::ContentsError;
 pub use document::{Document, Incoming, IngestStep, Outgoing, Rejected, SharedKey, SubscriberKey, joined};
+pub use inspection::{Damage, Inspection};
+pub use repair::{MendError, Mended};
 pub use replication::DeleteError;
 
 /// The placement group of documents for which no other was asked: all regions.
@@ -66,6 +70,8 @@ pub enum LoadError {
     /// It waited for a dependency, and broke a rule when that was there.
     #[error("stored change {hash} does not fit its dependencies")]
     ChangeDropped { hash: ChangeHash },
+    #[error("{rows} stored rows of changes do not decode")]
+    RowsDamaged { rows: usize },
 }
 
 /// A document's place in memory.
@@ -231,7 +237,10 @@ impl Documents {
         id: &DocumentId,
         stored: StoredDocument,
     ) -> Result<(Graph, Vec<ChangeHash>), LoadError> {
-        let StoredDocument { base, mut tail, .. } = stored;
+        let StoredDocument { base, mut tail, damaged_rows, .. } = stored;
+        if !damaged_rows.is_empty() {
+            return Err(LoadError::RowsDamaged { rows: damaged_rows.len() });
+        }
         let mut index = None;
         if let Some(base) = base.as_ref().filter(|base| !base.pruned) {
             index = Some(self.index_for_load(id, base, &mut tail).await?);

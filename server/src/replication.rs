@@ -9,6 +9,7 @@
 //! - [`task`] is that task; its `effects` perform what the replica decides, and its `exchange` answers and asks what is
 //!   not about the log: where a document is, presence; its `siblings` does for the region's other nodes what they cannot.
 //! - [`snapshot`] reads and stores pages of documents.
+//! - [`scrub`] compares regions, and puts back what was lost; the task's `scrub` answers and asks for it.
 //! - [`truncate`] gives up log entries that every region has.
 //!
 //! # Bounds
@@ -36,6 +37,7 @@ use crate::config::cluster::Groups;
 use crate::documents::Documents;
 use crate::outbox::Ephemeral;
 use crate::receipts::Receipts;
+use crate::scrub::Surveyor;
 use crate::siblings::exchange::Exchange;
 use crate::storage::{Storage, StorageError, StoredOrigin};
 use crate::telemetry::Metrics;
@@ -47,6 +49,7 @@ mod keeping;
 mod link;
 mod outgoing;
 mod pace;
+mod scrub;
 mod snapshot;
 mod task;
 mod tls;
@@ -57,6 +60,7 @@ use outgoing::Outgoing;
 
 pub use accept::accept_links;
 pub use dial::keep_links;
+pub use scrub::{Checked, Divergence, Outcome};
 pub use tls::PeerTls;
 
 /// Events that wait at most. A frame is at most some hundred kilobytes, unless it is a whole document.
@@ -129,6 +133,8 @@ enum Event {
     /// How far the logs were in the database after the first of what siblings observe was heard; nothing if that could not
     /// be read.
     OriginsRead(Option<Vec<StoredOrigin>>),
+    /// Something that a check needs.
+    Scrub(task::scrub::ScrubCall),
     /// What documents hold of which somebody wants receipts, and those of which nobody does any more.
     Observed {
         observed: Vec<Observation>,
@@ -170,6 +176,7 @@ pub struct Parts {
     pub committer: Committer,
     pub metrics: Arc<Metrics>,
     pub receipts: Arc<Receipts>,
+    pub surveyor: Arc<Surveyor>,
     /// Where this region's clients reach it.
     pub advertise: Option<String>,
     /// Which regions are in which placement groups.
@@ -261,6 +268,9 @@ struct Shared {
     /// Whether any peer wants presence; a cheap look before anything is queued.
     presence_wanted: AtomicBool,
     keeps_links: watch::Receiver<bool>,
+    /// The groups that this region is in.
+    groups: BTreeSet<PlacementGroup>,
+    checks: scrub::Checks,
     /// Set once when this node must not write any more.
     fatal: watch::Sender<Option<String>>,
 }
@@ -292,6 +302,8 @@ impl Replication {
             heard: Mutex::default(),
             presence_wanted: AtomicBool::new(false),
             keeps_links: parts.keeps_links.clone(),
+            groups: groups.clone(),
+            checks: scrub::Checks::default(),
             fatal: watch::Sender::new(None),
         });
         shared.read_acknowledgements(&*parts.storage).await?;

@@ -110,6 +110,13 @@ pub struct Metrics {
     pub link_frames_waiting: Gauge,
     pub origins_forked: Counter,
     pub searches: Counter,
+    pub scrub_differences: Counter,
+    pub scrub_repaired: Counter,
+    pub scrub_finished_at: Gauge,
+    pub verified_bytes: Counter,
+    pub changes_damaged: Counter,
+    pub bases_damaged: Counter,
+    pub damage_mended: Counter,
 }
 
 impl Metrics {
@@ -188,6 +195,13 @@ impl Metrics {
             bytes: counter!("isobar_link_region_bytes_sent_total", "region" => region.clone()),
             throttled_microseconds: counter!("isobar_link_throttled_microseconds_total", "region" => region),
         })
+    }
+
+    /// Counts a check with another region by what came of it.
+    pub fn scrubbed(&self, outcome: &'static str) {
+        metrics::with_local_recorder(&self.recorder, || {
+            counter!("isobar_scrubs_total", "outcome" => outcome).increment(1);
+        });
     }
 
     pub fn materialised(&self, reason: MaterialiseReason) {
@@ -290,5 +304,14 @@ registered! {
     link_frames_waiting: gauge = "isobar_link_frames_waiting", "Frames that wait to be sent to other regions.";
     origins_forked: counter = "isobar_origins_forked_total", "Origins given up because two logs exist under their name.";
     searches: counter = "isobar_searches_total", "Documents looked for in other regions.";
+    scrub_differences: counter = "isobar_scrub_differences_total",
+        "Documents found by a check to differ from another region's although nothing was on its way.";
+    scrub_repaired: counter = "isobar_scrub_repaired_total", "Documents of these that came to the same by the check.";
+    scrub_finished_at: gauge = "isobar_scrub_finished_seconds", "When the last check ended, in seconds of Unix time.";
+    verified_bytes: counter = "isobar_stored_bytes_verified_total", "Stored bytes that were hashed again.";
+    changes_damaged: counter = "isobar_stored_changes_damaged_total",
+        "Stored changes, and rows of them, whose bytes were found to be damaged.";
+    bases_damaged: counter = "isobar_stored_bases_damaged_total", "Stored bases that were found to be damaged.";
+    damage_mended: counter = "isobar_stored_damage_mended_total", "Documents with damaged bytes that were mended from another region.";
     log_truncated_seq: gauge = "isobar_log_truncated_seq", "The seq up to which this node's log has been truncated.";
 }

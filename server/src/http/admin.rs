@@ -2,26 +2,28 @@
 //!
 //! Errors are problem details (RFC 9457). Handlers map HTTP to the node and nothing else.
 
-use std::collections::BTreeMap;
-
 use axum::Json;
 use axum::Router;
 use axum::extract::{Path, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{delete, get};
-use isobar_protocol::ids::{DocumentId, RegionName};
+use axum::routing::{delete, get, post};
+use isobar_protocol::ids::DocumentId;
 use serde::Serialize;
 
 use super::Shared;
 use crate::documents::DeleteError;
 use crate::replication::Replication;
 
+mod convergence;
+
 pub(super) fn routes() -> Router<Shared> {
     Router::new()
         .route("/admin/v1/documents/{id}", delete(delete_document))
         .route("/admin/v1/peers", get(peers))
-        .route("/admin/v1/convergence", get(convergence))
+        .route("/admin/v1/convergence", get(convergence::show))
+        .route("/admin/v1/convergence/divergences", get(convergence::divergences))
+        .route("/admin/v1/convergence/checks", post(convergence::check))
 }
 
 /// An error as RFC 9457 has it.
@@ -109,64 +111,4 @@ async fn peers(State(shared): State<Shared>) -> Response {
         fetches_snapshot: link.fetches_snapshot,
     });
     Json(peers.collect::<Vec<_>>()).into_response()
-}
-
-/// How this region stands to another.
-#[derive(Serialize)]
-#[serde(tag = "state", rename_all = "lowercase")]
-enum Standing {
-    Equal,
-    Behind {
-        changes: u64,
-    },
-    Ahead {
-        changes: u64,
-    },
-    /// Each has what the other lacks.
-    Apart {
-        behind_changes: u64,
-        ahead_changes: u64,
-    },
-    Unlinked,
-}
-
-#[derive(Serialize)]
-struct Convergence {
-    region: String,
-    /// Whether this node keeps the region's links. If not, it says nothing of vectors and regions: another node does.
-    keeps_links: bool,
-    /// The last entry that is stored here, by origin.
-    vector: BTreeMap<String, u64>,
-    regions: BTreeMap<String, Standing>,
-    forked_origins: Vec<String>,
-}
-
-async fn convergence(State(shared): State<Shared>) -> Response {
-    let node = &shared.node;
-    let mut answer = Convergence {
-        region: node.settings.region.clone(),
-        keeps_links: node.replication.as_ref().is_none_or(Replication::keeps_links),
-        vector: BTreeMap::new(),
-        regions: BTreeMap::new(),
-        forked_origins: Vec::new(),
-    };
-    if let Some(replication) = &node.replication {
-        let view = replication.view();
-        answer.vector = view.vector.iter().map(|it| (it.origin.0.to_string(), it.seq.0)).collect();
-        answer.forked_origins = view.forked.iter().map(|it| it.0.to_string()).collect();
-        // Who does not keep the links does not know who is linked.
-        let unlinked = if answer.keeps_links { replication.members() } else { Vec::new() };
-        let unlinked = unlinked.into_iter().map(|it: RegionName| (it.to_string(), Standing::Unlinked));
-        answer.regions = unlinked.collect();
-        for link in view.links {
-            let standing = match (link.behind, link.ahead) {
-                (0, 0) => Standing::Equal,
-                (changes, 0) => Standing::Behind { changes },
-                (0, changes) => Standing::Ahead { changes },
-                (behind_changes, ahead_changes) => Standing::Apart { behind_changes, ahead_changes },
-            };
-            answer.regions.insert(link.region.to_string(), standing);
-        }
-    }
-    Json(answer).into_response()
 }

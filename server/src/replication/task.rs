@@ -18,6 +18,7 @@ use crate::storage::Acknowledgement;
 mod effects;
 mod exchange;
 mod receipts;
+pub(super) mod scrub;
 mod siblings;
 
 use exchange::Exchange;
@@ -49,6 +50,7 @@ pub(super) struct Task {
     observers: Observers,
     /// The last target of each group.
     targets: BTreeMap<PlacementGroup, Target>,
+    scrubs: scrub::Scrubs,
     /// Ends when the last run of an origin has taken its place in the queue to the log.
     last_placed: HashMap<OriginId, oneshot::Receiver<()>>,
     /// Acknowledgements that are not noted in the database yet.
@@ -73,6 +75,7 @@ impl Task {
             receipts: Receipts::default(),
             observers: Observers::default(),
             targets: BTreeMap::new(),
+            scrubs: scrub::Scrubs::default(),
             last_placed: HashMap::new(),
             unnoted: HashMap::new(),
             started: Instant::now(),
@@ -164,6 +167,7 @@ impl Task {
             Event::Observed { observed, left } => self.observe(Observer::HERE, observed, left, &[]),
             Event::Told { by, notice } => self.told(by, notice),
             Event::OriginsRead(origins) => self.origins_read(origins),
+            Event::Scrub(call) => self.scrub_call(call),
         }
     }
 
@@ -234,6 +238,7 @@ impl Task {
         drop(linked);
         self.exchange.link_closed(link);
         self.receipts.link_closed(link);
+        self.scrubs.link_closed(link);
         self.replica.link_closed(self.now(), link);
         self.state_keeping();
     }
@@ -244,7 +249,8 @@ impl Task {
             tracing::warn!(region = %up.peer.region, message, "region ended the link");
             return self.closed(link);
         }
-        if let Some(frame) = self.receive_exchange(link, frame) {
+        let frame = self.receive_scrub(link, frame);
+        if let Some(frame) = frame.and_then(|frame| self.receive_exchange(link, frame)) {
             let announces = matches!(frame, LinkFrame::Have { .. });
             self.replica.receive(self.now(), link, frame);
             if announces {
@@ -264,6 +270,7 @@ impl Task {
         self.refresh_interests();
         self.exchange.expire();
         self.look_after_siblings();
+        self.scrubs.expire();
         let now = self.now();
         let links: Vec<LinkStatus> = self.replica.links().collect();
         let waiting: usize = self.links.values().map(|up| up.outgoing.len()).sum();

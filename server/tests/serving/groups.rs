@@ -1,11 +1,16 @@
 //! Placement groups: what is of one reaches its regions and nobody else.
 
+use std::collections::BTreeSet;
+
 use automerge::AutoCommit;
 use isobar::config::{ClusterKey, Groups, PeerAddress, Settings};
 use isobar::documents::DeleteError;
+use isobar::replication::Outcome;
+use isobar::scrub::Surveyor;
 use isobar::storage::Storage;
 use isobar::storage::memory::MemoryStorage;
-use isobar_protocol::ids::{DocumentId, Seq};
+use isobar_protocol::ids::{DocumentId, PlacementGroup, Seq};
+use isobar_protocol::link::Fingerprints;
 use isobar_protocol::log::decode_run;
 use isobar_protocol::wire::{EXTRA_ELSEWHERE, ElsewhereFrame};
 use tokio_tungstenite::tungstenite;
@@ -268,4 +273,41 @@ async fn regions_are_listed_to_clients_also_when_they_are_down() {
     ]);
     eventually("paris is down", async || listed().await == one_down).await;
     drop(frankfurt);
+}
+
+#[tokio::test]
+async fn nothing_of_a_group_is_in_what_regions_compare_with_one_outside() {
+    let cluster = Cluster::start().await;
+    let (secret, common) = (document_id("secret"), document_id("common"));
+    let mut author = Client::join_as(cluster.frankfurt.clients, "?group=eu", "author", &[]).await.unwrap();
+    shared_doc(&mut author, &secret).await;
+    let mut other = Client::join(cluster.frankfurt.clients, "other").await;
+    shared_doc(&mut other, &common).await;
+    let parts = &cluster.frankfurt.parts;
+    let surveyor = Surveyor::new(parts.storage.clone(), parts.documents.clone());
+    let survey = surveyor.fresh().await.unwrap();
+    let group = |name: &str| PlacementGroup::new(name).unwrap();
+    let (outside, inside) =
+        (BTreeSet::from([group("default")]), BTreeSet::from([group("default"), group("eu")]));
+    let listed = |groups: &BTreeSet<PlacementGroup>| match survey.answer(&[], groups).unwrap() {
+        Fingerprints::Documents(documents) => documents.into_iter().map(|(id, _)| id).collect::<Vec<_>>(),
+        Fingerprints::Buckets(_) => panic!("two documents are listed"),
+    };
+    assert_eq!(listed(&outside), std::slice::from_ref(&common));
+    assert_eq!(listed(&inside), [common.clone(), secret.clone()]);
+    // Not even who knows the id learns that it is there.
+    let asked = [secret.clone(), common.clone()];
+    assert_eq!(surveyor.look_at(&asked, &outside).await.unwrap().len(), 1);
+    assert_eq!(surveyor.look_at(&asked, &inside).await.unwrap().len(), 2);
+
+    for node in [&cluster.tokyo, &cluster.frankfurt] {
+        let replication = node.parts.replication.as_ref().unwrap();
+        assert!(replication.check_now());
+        eventually("the check ends", async || !replication.is_checking()).await;
+        let checked = replication.checked();
+        assert_eq!(checked.len(), 2);
+        let found: Vec<_> = checked.values().map(|it| (it.outcome, it.divergences.len())).collect();
+        assert_eq!(found, [(Outcome::Equal, 0); 2]);
+    }
+    assert_eq!(cluster.leaked(&secret).await, Vec::<String>::new());
 }

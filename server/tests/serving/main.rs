@@ -17,6 +17,7 @@ mod pace;
 mod receipts;
 mod replication;
 mod residency;
+mod scrub;
 mod siblings;
 mod support;
 mod tls;
