@@ -89,7 +89,7 @@ impl Documents {
                 Ok(summary) => covered.heads = summary.heads.iter().map(|head| head.hash).collect(),
                 Err(error) => damage.push(Damage::Base(error.to_string())),
             }
-            if deep {
+            if deep && damage.iter().all(|it| !matches!(it, Damage::Base(_))) {
                 let Some((read, found)) = self.read_base_through(id, base).await? else { return Ok(None) };
                 bytes += read;
                 damage.extend(found.map(Damage::Base));
@@ -98,11 +98,12 @@ impl Documents {
                 let Some(index) = self.index_of(id, base).await? else { return Ok(None) };
                 match index {
                     Ok(index) => covered.index = Some(index),
+                    // One base is one damage, in however many ways it shows.
+                    Err(_) if damage.iter().any(|it| matches!(it, Damage::Base(_))) => {}
                     Err(error) => damage.push(Damage::Base(error)),
                 }
             }
         }
-        damage.dedup();
         let held = held(&covered, &tail);
         Ok(Some(Inspection { group, state, held, damage, bytes }))
     }

@@ -60,7 +60,9 @@ impl Verifier {
         let mut open = Open::new();
         let mut retried = Instant::now();
         loop {
-            if let Err(error) = self.walk(&mut open, &mut retried).await {
+            if self.is_up_to_it()
+                && let Err(error) = self.walk(&mut open, &mut retried).await
+            {
                 tracing::warn!(%error, "stored bytes not verified");
             }
             let ends = Instant::now() + PAUSE;
@@ -69,6 +71,11 @@ impl Verifier {
                 self.retry(&mut open, &mut retried).await;
             }
         }
+    }
+
+    /// Of several nodes only the one that keeps the links can mend anything; it looks for all.
+    fn is_up_to_it(&self) -> bool {
+        self.replication.as_ref().is_none_or(Replication::keeps_links)
     }
 
     async fn walk(&self, open: &mut Open, retried: &mut Instant) -> Result<(), StorageError> {
@@ -127,7 +134,7 @@ impl Verifier {
     }
 
     async fn retry(&self, open: &mut Open, retried: &mut Instant) {
-        if open.is_empty() || retried.elapsed() < RETRY {
+        if open.is_empty() || retried.elapsed() < RETRY || !self.is_up_to_it() {
             return;
         }
         *retried = Instant::now();

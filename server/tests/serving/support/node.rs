@@ -24,9 +24,10 @@ pub struct Node {
     running: JoinHandle<anyhow::Result<()>>,
 }
 
-/// The defaults, on free ports.
+/// The defaults, on free ports; stored bytes are not verified, which would load documents that tests hold and count.
 pub fn settings() -> Settings {
     let mut settings = Settings::load(&ServeArgs::default()).unwrap();
+    settings.verify_rate = 0;
     settings.listen.set_port(0);
     settings.admin_listen.set_port(0);
     settings
