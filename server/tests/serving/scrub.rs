@@ -2,12 +2,15 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use automerge::AutoCommit;
 use isobar::config::{ClusterKey, PeerAddress, Settings};
 use isobar::documents::Inspection;
+use isobar::replication::{Checked, Outcome};
 use isobar::storage::Storage;
+use isobar::storage::memory::MemoryStorage;
 use isobar::storage::sqlite::SqliteStorage;
 use isobar_protocol::ids::{ChangeHash, DocumentId};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
@@ -16,7 +19,9 @@ use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::support::{Client, Node, document_id, eventually, get, in_time, number, put, settings};
+use crate::support::{
+    Client, FaultyStorage, Node, document_id, eventually, get, in_time, number, put, settings,
+};
 
 /// Two linked regions, each on a file.
 struct Cluster {
@@ -277,6 +282,37 @@ async fn a_document_that_is_written_to_all_the_time_is_not_reported() {
     assert_eq!(cluster.there.metric("isobar_scrub_differences_total").await, 0.0);
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_on_its_way_is_waited_for_before_anything_is_called_a_difference() {
+    let key = ClusterKey::random();
+    let there = Node::start_with(region("there", &key, None), MemoryStorage::new()).await;
+    let (storage, faults) = FaultyStorage::new(&MemoryStorage::new());
+    let here = Node::start_with(region("here", &key, Some(&there)), storage).await;
+    linked(&here).await;
+    linked(&there).await;
+    let (mut author, document) = written(&there, "document", 1).await;
+    eventually("the document is here", async || {
+        here.parts.documents.inspect(&document, false).await.unwrap().is_some()
+    })
+    .await;
+    // The change has left the one region, and the other cannot store it: both stay what they are.
+    faults.hold_appends();
+    author.write(&document, |doc| put(doc, "edits", 1)).await;
+    let loads = faults.loads.load(Ordering::SeqCst);
+    assert_eq!(post(&there, "/admin/v1/convergence/checks").await.0, 202);
+    eventually("the other region has been looked at", async || faults.loads.load(Ordering::SeqCst) > loads)
+        .await;
+    let reported = eventually("a difference is reported", async || {
+        there.metric("isobar_scrub_differences_total").await > 0.0
+    });
+    assert!(tokio::time::timeout(Duration::from_millis(500), reported).await.is_err());
+    faults.release_appends();
+    let replication = there.parts.replication.as_ref().unwrap();
+    eventually("the check ends", async || !replication.is_checking()).await;
+    let checked: Vec<Checked> = replication.checked().into_values().collect();
+    assert_eq!((checked.len(), checked[0].outcome), (1, Outcome::Equal));
+}
+
 /// Spoils a byte in the middle of a document's row number `row`, or the row as a whole.
 async fn spoil_row(connection: &mut SqliteConnection, document: &DocumentId, row: i64, whole: bool) {
     let found = sqlx::query(
@@ -403,7 +439,7 @@ async fn a_damaged_base_is_made_anew_from_another_region() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_without_other_regions_says_that_there_is_nothing_to_check() {
-    let node = Node::start(isobar::storage::memory::MemoryStorage::new()).await;
+    let node = Node::start(MemoryStorage::new()).await;
     let (status, answer) = post(&node, "/admin/v1/convergence/checks").await;
     assert_eq!((status, &answer["type"]), (409, &"/problems/no-links".into()));
     let (status, body) = get(node.admin, "/admin/v1/convergence/divergences").await;

@@ -170,12 +170,20 @@ impl Check<'_> {
         if ours.as_ref().and_then(|it| it.fingerprint(document)) == seen.theirs {
             return Ok(true);
         }
-        if ours.is_some_and(|it| self.groups.contains(&it.group))
-            && let Ok(Some(contents)) = documents.contents(document).await
-        {
-            self.replication.call(ScrubCall::Offer { link: self.link, contents }).await;
+        if !ours.is_some_and(|it| self.groups.contains(&it.group)) {
+            return Ok(false);
         }
-        self.confirm(document).await
+        match documents.contents(document).await {
+            Ok(Some(contents)) => {
+                self.replication.call(ScrubCall::Offer { link: self.link, contents }).await;
+                self.confirm(document).await
+            }
+            Ok(None) => Ok(false),
+            Err(error) => {
+                tracing::error!(%document, %error, "stored document is damaged, not passed on");
+                Ok(false)
+            }
+        }
     }
 
     /// Waits a little for the two to come to the same.
