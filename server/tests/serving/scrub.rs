@@ -86,8 +86,10 @@ impl Cluster {
     async fn settled(&self, documents: &[&DocumentId]) {
         for document in documents {
             eventually("both regions hold the same", async || {
-                let (here, there) = (held(&self.here, document).await, held(&self.there, document).await);
-                here.held.is_some() && here.held == there.held
+                let looks = [&self.here, &self.there].map(|it| it.parts.documents.inspect(document, false));
+                let [here, there] = looks.map(async |look| look.await.unwrap().and_then(|it| it.held));
+                let (here, there) = (here.await, there.await);
+                here.is_some() && here == there
             })
             .await;
         }
