@@ -13,7 +13,6 @@ use serde::Serialize;
 
 use super::Shared;
 use crate::documents::DeleteError;
-use crate::replication::Replication;
 
 mod convergence;
 
