@@ -96,6 +96,19 @@ impl Cluster {
     }
 }
 
+impl Cluster {
+    /// A document that is written to at a node, change by change, each of which is stored alone in both regions.
+    async fn written(&self, node: &Node, name: &str, changes: i64) -> (Client, DocumentId) {
+        let (mut client, document) = written(node, name, 1).await;
+        self.settled(&[&document]).await;
+        for edit in 1..changes {
+            client.write(&document, |doc| put(doc, "edits", edit)).await;
+            self.settled(&[&document]).await;
+        }
+        (client, document)
+    }
+}
+
 async fn held(node: &Node, document: &DocumentId) -> Inspection {
     let inspection = node.parts.documents.inspect(document, true).await.unwrap();
     inspection.unwrap_or_else(|| panic!("{document} is not stored"))
@@ -180,8 +193,8 @@ fn divergences(shown: &serde_json::Value) -> Vec<(String, String, bool)> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_change_that_one_region_lost_is_found_exactly_and_comes_back_to_subscribers() {
     let cluster = Cluster::start().await;
-    let (mut author, lost) = written(&cluster.there, "lost", 4).await;
-    let (_other, whole) = written(&cluster.here, "whole", 3).await;
+    let (mut author, lost) = cluster.written(&cluster.there, "lost", 4).await;
+    let (_other, whole) = cluster.written(&cluster.here, "whole", 3).await;
     cluster.settled(&[&lost, &whole]).await;
     let shown = checked(&cluster.here, "there").await;
     assert_eq!(shown["last_check"]["result"], "equal");
@@ -216,8 +229,8 @@ async fn a_change_that_one_region_lost_is_found_exactly_and_comes_back_to_subscr
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_running_node_has_in_memory_does_not_hide_what_its_disk_lost() {
     let cluster = Cluster::start().await;
-    let (_author, lost) = written(&cluster.here, "lost", 3).await;
-    let (_other, gone) = written(&cluster.here, "gone", 2).await;
+    let (_author, lost) = cluster.written(&cluster.here, "lost", 3).await;
+    let (_other, gone) = cluster.written(&cluster.here, "gone", 2).await;
     cluster.settled(&[&lost, &gone]).await;
     let mut connection = beside(&cluster.file).await;
     drop_row(&mut connection, &lost, 2).await;
@@ -239,7 +252,7 @@ async fn what_a_running_node_has_in_memory_does_not_hide_what_its_disk_lost() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_cannot_be_repaired_is_named_as_diverged() {
     let cluster = Cluster::start().await;
-    let (_author, document) = written(&cluster.here, "document", 4).await;
+    let (_author, document) = cluster.written(&cluster.here, "document", 4).await;
     cluster.settled(&[&document]).await;
     // Nobody has the third change any more, and what is here of the last cannot be sent with a row that does not decode.
     spoil_row(&mut beside(&cluster.file).await, &document, 2, true).await;
@@ -262,8 +275,8 @@ async fn what_cannot_be_repaired_is_named_as_diverged() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_document_that_is_written_to_all_the_time_is_not_reported() {
     let cluster = Cluster::start().await;
-    let (_quiet, quiet) = written(&cluster.there, "quiet", 2).await;
-    let (mut busy, document) = written(&cluster.there, "busy", 1).await;
+    let (_quiet, quiet) = cluster.written(&cluster.there, "quiet", 2).await;
+    let (mut busy, document) = cluster.written(&cluster.there, "busy", 1).await;
     cluster.settled(&[&quiet]).await;
     let (stop, mut stopped) = tokio::sync::oneshot::channel::<()>();
     let writing = tokio::spawn(async move {
@@ -346,8 +359,8 @@ async fn spoil_row(connection: &mut SqliteConnection, document: &DocumentId, row
 async fn damaged_bytes_are_found_by_hashing_them_again_and_mended() {
     for whole in [false, true] {
         let cluster = Cluster::start().await;
-        let (_author, spoilt) = written(&cluster.there, "spoilt", 4).await;
-        let (_other, whole_one) = written(&cluster.there, "whole", 2).await;
+        let (_author, spoilt) = cluster.written(&cluster.there, "spoilt", 4).await;
+        let (_other, whole_one) = cluster.written(&cluster.there, "whole", 2).await;
         cluster.settled(&[&spoilt, &whole_one]).await;
         let cluster = cluster.restart_here(async |it| spoil_row(it, &spoilt, 2, whole).await, 1 << 20).await;
         let mut reader = Client::join(cluster.here.clients, "reader").await;
