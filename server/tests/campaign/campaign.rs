@@ -1,33 +1,42 @@
-//! A campaign: three regions, the ways between them, the load, the faults, and what must be true in the end.
+//! A campaign: three regions, the ways between them, the load and the faults.
 
-use std::collections::{BTreeMap, HashMap};
-use std::net::Ipv4Addr;
+use std::collections::HashMap;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
 use isobar::demo::links::{Distance, Proxy};
-use isobar_protocol::ids::{ChangeHash, DocumentId};
-use serde_json::Value;
+use isobar_protocol::ids::DocumentId;
 use tempfile::TempDir;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::client::{hashes, heads, read};
-use crate::ledger::{Counts, Deleted, Hashes, Ledger};
+use crate::client::{hashes, read};
+use crate::ledger::{Deleted, Hashes, Ledger};
 use crate::plan::{Fault, REGIONS, Random, Step, plan};
-use crate::region::{Door, Region, ask};
+use crate::region::{Door, Node, Region, ask};
 use crate::writer::Writer;
 use crate::{DEADLINE, Flavour, LOOK_EVERY};
+
+mod ending;
+
+use ending::missing;
 
 const NAMES: [&str; REGIONS] = ["eu", "us", "ap"];
 const DOCUMENTS: usize = 4;
 const WRITERS: usize = 6;
 
+/// Nodes of the region that has several.
+const NODES: usize = 2;
+
 /// Between two regions, one way.
 const DISTANCE: Duration = Duration::from_millis(5);
 
-/// How much of each region's log is shown when a campaign fails.
+/// How long a node may take to give its clients what its sibling has acknowledged: it looks each second, and may be busy.
+const FOLLOWED_WITHIN: Duration = Duration::from_secs(10);
+
+/// How much of each node's log is shown when a campaign fails.
 const LOG_LINES_SHOWN: usize = 60;
 
 pub struct Campaign {
@@ -35,15 +44,20 @@ pub struct Campaign {
     length: Duration,
     steps: Vec<Step>,
     regions: Vec<Region>,
-    /// `ways[from][to]` is where `from` dials `to`.
-    ways: Vec<Vec<Option<Proxy>>>,
+    /// The region of which single nodes are killed.
+    several: Option<usize>,
+    ways: Vec<Way>,
     ledger: Arc<Ledger>,
     random: Random,
     _directory: TempDir,
 }
 
-/// The documents of a region, as somebody gets them who has nothing.
-type Contents = BTreeMap<DocumentId, Option<Vec<ChangeHash>>>;
+/// Where the nodes of one region dial a node of another.
+struct Way {
+    from: usize,
+    to: usize,
+    proxy: Proxy,
+}
 
 impl Campaign {
     pub async fn begin(flavour: Flavour, seed: u64, length: Duration) -> Self {
@@ -51,27 +65,20 @@ impl Campaign {
         let mut random = Random::new(!seed);
         let live = (0..DOCUMENTS).map(|_| new_document()).collect();
         let databases = flavour.databases(directory.path()).await;
+        let several = flavour.region_of_several();
         let mut regions = Vec::new();
         for (number, (name, database)) in NAMES.into_iter().zip(databases).enumerate() {
             database.empty().await;
-            let host = host(number, &mut random);
-            regions.push(Region::new(number, name, host, directory.path(), database));
-        }
-        let mut ways = Vec::new();
-        for from in 0..REGIONS {
-            let mut row = Vec::new();
-            for (to, region) in regions.iter().enumerate() {
-                row.push(match from == to {
-                    true => None,
-                    false => Some(Proxy::start(region.peer, Distance::of(DISTANCE)).await.unwrap()),
-                });
+            let mut region = Region::new(name, database);
+            for node in 0..(if several == Some(number) { NODES } else { 1 }) {
+                region.add_node(number, host(number + REGIONS * node, &mut random), directory.path());
             }
-            regions[from].peers = row.iter().flatten().map(|way| format!("ws://{}", way.address())).collect();
-            ways.push(row);
+            regions.push(region);
         }
+        let ways = build_ways(&mut regions).await;
         let ledger = Arc::new(Ledger::new(live));
-        let steps = plan(seed, length);
-        Self { seed, length, steps, regions, ways, ledger, random, _directory: directory }
+        let steps = plan(seed, length, several);
+        Self { seed, length, steps, regions, several, ways, ledger, random, _directory: directory }
     }
 
     /// Runs to the end.
@@ -79,7 +86,7 @@ impl Campaign {
         for region in &mut self.regions {
             region.start().await;
         }
-        let doors: Arc<[Door]> = self.regions.iter().map(|region| region.door.clone()).collect();
+        let doors: Arc<[Door]> = self.nodes().map(|node| node.door.clone()).collect();
         let stop = CancellationToken::new();
         let mut working = JoinSet::new();
         for number in 0..WRITERS {
@@ -118,6 +125,7 @@ impl Campaign {
                 self.assert_durable(region).await;
                 self.regions[region].start().await;
             }
+            Fault::KillOne { region, keeper } => self.kill_one(region, keeper).await,
             Fault::Copy { region } => {
                 self.regions[region].kill();
                 self.assert_durable(region).await;
@@ -127,9 +135,9 @@ impl Campaign {
             Fault::Isolate { region } => self.ways_of(region).for_each(Proxy::cut),
             Fault::Restore { region } => self.roll_back(region, true).await,
             Fault::Empty { region } => self.roll_back(region, false).await,
-            Fault::Cut { from, to } => self.way(from, to).cut(),
-            Fault::Refuse { from, to } => self.way(from, to).refuse(),
-            Fault::Heal { from, to } => self.way(from, to).heal(),
+            Fault::Cut { from, to } => self.way(from, to).for_each(Proxy::cut),
+            Fault::Refuse { from, to } => self.way(from, to).for_each(Proxy::refuse),
+            Fault::Heal { from, to } => self.way(from, to).for_each(Proxy::heal),
             Fault::Delete { region } => {
                 let live = self.ledger.live();
                 let document = live[self.random.below(live.len())].clone();
@@ -139,19 +147,56 @@ impl Campaign {
         }
     }
 
+    /// Kills a node of a region that has several. The others go on, and one of them keeps the links.
+    async fn kill_one(&mut self, region: usize, keeper: bool) {
+        let kept_by = self.regions[region].keeper().await;
+        let number = if keeper { kept_by } else { (kept_by + 1) % NODES };
+        self.regions[region].nodes[number].kill();
+        let left = (number + 1) % NODES;
+        self.assert_followed(region, left).await;
+        assert_eq!(self.regions[region].keeper().await, left);
+        self.regions[region].start_node(number).await;
+    }
+
     /// What a region has acknowledged stands on its own disk, whoever else has it.
     async fn assert_durable(&self, region: usize) {
-        let promised = self.ledger.promised_by(region);
-        let documents: Vec<_> = promised.keys().cloned().collect();
         let inspection = self.regions[region].inspect().await;
-        let read = read(inspection.clients, &documents).await.unwrap();
-        for (document, doc) in documents.iter().zip(read) {
-            let held = doc.map(|mut doc| hashes(&mut doc)).unwrap_or_default();
-            let lost: Vec<_> = promised[document].difference(&held).collect();
-            let first = lost.first().map(|hash| self.ledger.describe(document, hash));
-            assert!(lost.is_empty(), "region {region} was killed and lost {} changes: {first:?}", lost.len());
-        }
+        let lost = self.lost(&self.ledger.promised_by(region), inspection.clients).await.unwrap();
+        let first = lost.first();
+        assert!(lost.is_empty(), "region {region} was killed and lost {} changes: {first:?}", lost.len());
         inspection.end();
+    }
+
+    /// What any node of a region has acknowledged its node `left` gives its clients, as soon as it has read what the
+    /// others wrote.
+    async fn assert_followed(&self, region: usize, left: usize) {
+        let promised = self.ledger.promised_by(region);
+        let deadline = Instant::now() + FOLLOWED_WITHIN;
+        loop {
+            let lost = self.lost(&promised, self.regions[region].nodes[left].door.clients).await.unwrap();
+            let Some(first) = lost.first() else { return };
+            assert!(
+                Instant::now() < deadline,
+                "a node of region {region} was killed, and the other lacks {} changes: {first}",
+                lost.len()
+            );
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+
+    /// What of these changes a node does not give somebody who has nothing.
+    async fn lost(
+        &self,
+        promised: &HashMap<DocumentId, Hashes>,
+        clients: SocketAddr,
+    ) -> anyhow::Result<Vec<String>> {
+        let documents: Vec<_> = promised.keys().cloned().collect();
+        let mut held = HashMap::new();
+        for (document, doc) in documents.iter().zip(read(clients, &documents).await?) {
+            held.extend(doc.map(|mut doc| (document.clone(), hashes(&mut doc))));
+        }
+        let missing = missing(promised, &held);
+        Ok(missing.iter().map(|(document, hash)| self.ledger.describe(document, hash)).collect())
     }
 
     /// Takes a region's disk back to its copy, or to nothing.
@@ -159,7 +204,7 @@ impl Campaign {
         self.regions[region].kill();
         self.assert_durable(region).await;
         let elsewhere = self.elsewhere(region).await;
-        self.ledger.roll_back(region, self.regions[region].door.life() + 1, &elsewhere);
+        self.ledger.roll_back(region, self.regions[region].life() + 1, &elsewhere);
         match to_copy {
             true => self.regions[region].database.restore().await,
             false => self.regions[region].database.empty().await,
@@ -176,11 +221,11 @@ impl Campaign {
         documents.extend(deleted.iter().map(|it| it.document.clone()));
         let mut held: HashMap<DocumentId, Hashes> = HashMap::new();
         let mut served = HashMap::new();
-        for other in (0..REGIONS).filter(|it| *it != region) {
-            let read = read(self.regions[other].door.clients, &documents).await.unwrap();
+        for door in self.nodes().map(|node| &node.door).filter(|door| door.region != region) {
+            let read = read(door.clients, &documents).await.unwrap();
             for (document, doc) in documents.iter().zip(read) {
                 let Some(mut doc) = doc else { continue };
-                served.insert(document.clone(), other);
+                served.insert(document.clone(), door.region);
                 held.entry(document.clone()).or_default().extend(hashes(&mut doc));
             }
         }
@@ -195,96 +240,41 @@ impl Campaign {
 
     async fn delete(&self, region: usize, document: &DocumentId) {
         let path = format!("/admin/v1/documents/{document}");
-        let (status, body) = ask(self.regions[region].admin, "DELETE", &path).await.unwrap();
+        // Of several, the one that was added last: it is as good as any.
+        let node = self.regions[region].nodes.last().expect("a region has a node");
+        let (status, body) = ask(node.admin, "DELETE", &path).await.unwrap();
         assert_eq!(status, 204, "region {region} does not delete {document}: {body}");
     }
 
-    fn way(&self, from: usize, to: usize) -> &Proxy {
-        self.ways[from][to].as_ref().expect("there is a way from each region to each other")
+    fn nodes(&self) -> impl Iterator<Item = &Node> {
+        self.regions.iter().flat_map(|region| &region.nodes)
+    }
+
+    /// Whatever `from` dials of `to`.
+    fn way(&self, from: usize, to: usize) -> impl Iterator<Item = &Proxy> {
+        self.ways.iter().filter(move |way| (way.from, way.to) == (from, to)).map(|way| &way.proxy)
     }
 
     fn ways_of(&self, region: usize) -> impl Iterator<Item = &Proxy> {
-        let others = (0..REGIONS).filter(move |other| *other != region);
-        others.flat_map(move |other| [self.way(region, other), self.way(other, region)])
+        self.ways.iter().filter(move |way| way.from == region || way.to == region).map(|way| &way.proxy)
     }
 
     fn heal_everything(&self) {
-        self.ways.iter().flatten().flatten().for_each(Proxy::heal);
+        self.ways.iter().for_each(|way| way.proxy.heal());
         self.regions.iter().for_each(|region| region.note("everything heals"));
     }
 
-    /// Every writer brings what it has to a region.
+    /// Every writer brings what it has to a node.
     async fn deliver_all(&mut self, writers: &mut [Writer], doors: &[Door]) {
-        let regions: Vec<_> = writers.iter().map(|_| self.random.below(REGIONS)).collect();
-        let delivering = writers.iter_mut().zip(regions).map(async |(writer, region)| {
-            let number = writer.number;
-            let delivered = tokio::time::timeout(DEADLINE, writer.deliver(&doors[region])).await;
+        let chosen: Vec<_> = writers.iter().map(|_| &doors[self.random.below(doors.len())]).collect();
+        let delivering = writers.iter_mut().zip(chosen).map(async |(writer, door)| {
+            let (number, at) = (writer.number, door.clients);
+            let delivered = tokio::time::timeout(DEADLINE, writer.deliver(door)).await;
             delivered
-                .unwrap_or_else(|_| panic!("writer {number} is not in step with region {region} in time"))
-                .unwrap_or_else(|error| panic!("writer {number} at region {region}: {error}"));
+                .unwrap_or_else(|_| panic!("writer {number} is not in step with the node at {at} in time"))
+                .unwrap_or_else(|error| panic!("writer {number} at the node at {at}: {error}"));
         });
         futures_util::future::join_all(delivering).await;
-    }
-
-    /// Waits until all regions have the same, and say so. Returns it.
-    async fn converged(&self, when: &str) -> HashMap<DocumentId, Hashes> {
-        let deadline = Instant::now() + DEADLINE;
-        loop {
-            match self.look().await {
-                Ok(contents) => return contents,
-                Err(reason) if Instant::now() > deadline => panic!("no convergence {when}: {reason:#}"),
-                Err(_) => tokio::time::sleep(LOOK_EVERY).await,
-            }
-        }
-    }
-
-    /// What all regions have, or why they have not the same.
-    async fn look(&self) -> anyhow::Result<HashMap<DocumentId, Hashes>> {
-        let mut vectors = Vec::new();
-        for region in &self.regions {
-            let (_, text) = ask(region.admin, "GET", "/admin/v1/convergence").await?;
-            vectors.push(equal_vector(&serde_json::from_str(&text)?)?);
-        }
-        anyhow::ensure!(vectors.iter().all(|it| *it == vectors[0]), "vectors differ: {vectors:#?}");
-        let mut all: Option<(Contents, HashMap<DocumentId, Hashes>)> = None;
-        for region in &self.regions {
-            let (contents, held) = self.contents(region).await?;
-            let (first, _) = all.get_or_insert_with(|| (contents.clone(), held));
-            anyhow::ensure!(*first == contents, "{} has {contents:#?}, not {first:#?}", region.name);
-        }
-        Ok(all.expect("there are regions").1)
-    }
-
-    async fn contents(&self, region: &Region) -> anyhow::Result<(Contents, HashMap<DocumentId, Hashes>)> {
-        let live = self.ledger.live();
-        let deleted: Vec<_> = self.ledger.deleted().into_iter().map(|it| it.document).collect();
-        let (mut contents, mut held) = (Contents::new(), HashMap::new());
-        for (document, doc) in live.iter().zip(read(region.door.clients, &live).await?) {
-            contents.insert(document.clone(), None);
-            let Some(mut doc) = doc else { continue };
-            contents.insert(document.clone(), Some(heads(&mut doc)));
-            held.insert(document.clone(), hashes(&mut doc));
-        }
-        for (document, doc) in deleted.iter().zip(read(region.door.clients, &deleted).await?) {
-            anyhow::ensure!(doc.is_none(), "{document} is deleted, and {} has it", region.name);
-        }
-        Ok((contents, held))
-    }
-
-    fn assert_held(
-        &self,
-        what: &str,
-        expected: &HashMap<DocumentId, Hashes>,
-        contents: &HashMap<DocumentId, Hashes>,
-    ) {
-        let missing = missing(expected, contents);
-        let shown: Vec<_> =
-            missing.iter().take(10).map(|(id, hash)| self.ledger.describe(id, hash)).collect();
-        assert!(
-            missing.is_empty(),
-            "{} changes are {what}, and no region has them: {shown:#?}",
-            missing.len()
-        );
     }
 
     /// All that the writers hold of documents that exist.
@@ -298,29 +288,6 @@ impl Campaign {
         }
         written
     }
-
-    /// That the campaign was one, and that nothing went wrong which nobody noticed.
-    async fn finish(mut self, writers: &[Writer], missing: usize) {
-        let counts = self.ledger.counts();
-        let edits: i64 = writers.iter().map(|it| it.edits).sum();
-        let Counts { acknowledged, by_region, rolled_back, deleted } = counts;
-        println!(
-            "seed {}: {edits} edits, {acknowledged} acknowledged {by_region:?}, {rolled_back} on rolled back disks only, \
-             {missing} of these brought back by writers in the end, {deleted} documents deleted",
-            self.seed
-        );
-        assert!(counts.by_region.iter().all(|count| *count > 50), "too little load: {counts:?}");
-        assert!(missing <= counts.rolled_back, "{missing} were missing, {counts:?}");
-        for region in &mut self.regions {
-            region.kill();
-            let logged = region.logged();
-            let wrong = logged.lines().find(|line| line.contains("panicked") || line.contains(" ERROR "));
-            assert_eq!(wrong, None, "region {} has logged it", region.name);
-        }
-        for region in &self.regions {
-            region.database.remove().await;
-        }
-    }
 }
 
 impl Drop for Campaign {
@@ -328,16 +295,31 @@ impl Drop for Campaign {
         if !std::thread::panicking() {
             return;
         }
-        for region in &self.regions {
-            let logged = region.logged();
+        for node in self.nodes() {
+            let logged = node.logged();
             let lines: Vec<_> = logged.lines().collect();
             let shown = &lines[lines.len().saturating_sub(LOG_LINES_SHOWN)..];
-            eprintln!("==== the end of {}'s log\n{}", region.name, shown.join("\n"));
+            eprintln!("==== the end of {}'s log\n{}", node.name, shown.join("\n"));
         }
         let seconds = self.length.as_secs_f64();
         eprintln!("==== CAMPAIGN_SEED={} CAMPAIGN_SECONDS={seconds}", self.seed);
-        plan(self.seed, self.length).iter().for_each(|step| eprintln!("{step}"));
+        plan(self.seed, self.length, self.several).iter().for_each(|step| eprintln!("{step}"));
     }
+}
+
+/// A way from each region to each node of each other, as the regions will dial them.
+async fn build_ways(regions: &mut [Region]) -> Vec<Way> {
+    let mut ways = Vec::new();
+    for from in 0..regions.len() {
+        let mut peers = Vec::new();
+        for node in regions.iter().flat_map(|region| &region.nodes).filter(|it| it.door.region != from) {
+            let proxy = Proxy::start(node.peer, Distance::of(DISTANCE)).await.unwrap();
+            peers.push(format!("ws://{}", proxy.address()));
+            ways.push(Way { from, to: node.door.region, proxy });
+        }
+        regions[from].peers = peers;
+    }
+    ways
 }
 
 fn new_document() -> DocumentId {
@@ -348,29 +330,4 @@ fn new_document() -> DocumentId {
 fn host(number: usize, random: &mut Random) -> Ipv4Addr {
     let [.., middle, low] = std::process::id().to_be_bytes();
     Ipv4Addr::new(127, 10 + number as u8 + 10 * random.below(24) as u8, middle, low)
-}
-
-/// A region's vector, if it finds every other region equal.
-fn equal_vector(convergence: &Value) -> anyhow::Result<BTreeMap<String, u64>> {
-    let regions = convergence["regions"].as_object().map_or(0, |it| it.len());
-    let equal = convergence["regions"].as_object().into_iter().flatten();
-    let equal = equal.filter(|(_, standing)| standing["state"] == "equal").count();
-    anyhow::ensure!(regions == REGIONS - 1 && equal == regions, "not all are equal: {convergence}");
-    anyhow::ensure!(convergence["forked_origins"] == Value::Array(Vec::new()), "forks: {convergence}");
-    let vector: BTreeMap<String, u64> = serde_json::from_value(convergence["vector"].clone())?;
-    // An origin that nothing was written under need not be known elsewhere.
-    Ok(vector.into_iter().filter(|(_, seq)| *seq > 0).collect())
-}
-
-/// What of the expected changes is not there.
-fn missing(
-    expected: &HashMap<DocumentId, Hashes>,
-    contents: &HashMap<DocumentId, Hashes>,
-) -> Vec<(DocumentId, ChangeHash)> {
-    let nothing = Hashes::new();
-    let of_one = |(document, hashes): (&DocumentId, &Hashes)| {
-        let held = contents.get(document).unwrap_or(&nothing);
-        hashes.difference(held).map(|hash| (document.clone(), *hash)).collect::<Vec<_>>()
-    };
-    expected.iter().flat_map(of_one).collect()
 }

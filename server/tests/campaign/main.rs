@@ -1,12 +1,14 @@
 //! Real processes, real databases, real faults: three regions under load, and a checker of what they acknowledged.
 //!
-//! Three `isobar serve` processes are linked through proxies that can be cut. Writers edit documents at any of them and
-//! move on when theirs dies. A plan drawn from a seed kills regions, cuts and drops links, puts old copies of databases back,
-//! takes databases away and deletes documents. When it is over everything heals, and then:
+//! Three regions, each an `isobar serve` process, are linked through proxies that can be cut; on Postgres one of them has two
+//! processes on its database. Writers edit documents at any of them and move on when theirs dies. A plan drawn from a seed
+//! kills regions, and of the one with two processes the keeper of the links and the other one, cuts and drops links, puts old
+//! copies of databases back, takes databases away and deletes documents. When it is over everything heals, and then:
 //!
 //! - a region that was killed has, on its own disk, every change that it ever acknowledged (looked at before it meets
 //!   anybody);
-//! - all regions have equal vectors and equal heads;
+//! - when one of its two processes was killed, the other gives every change that either has acknowledged;
+//! - all regions have equal vectors, and all processes give equal heads;
 //! - every acknowledged change is in every region, while the writers are away. Excused are those that only a disk had which
 //!   was put back or taken away; they are counted, and there once the writers have been back;
 //! - deleted documents stay deleted, although the writers offer them again and again;
@@ -25,7 +27,7 @@
 //! not, so a failure may take several runs to come back.
 //!
 //! What it does not do: lose power (a killed process leaves its writes to the kernel), fill disks, or lose single packets.
-//! The regions listen on addresses of 127.0.0.0/8 other than 127.0.0.1, which takes Linux.
+//! The processes listen on addresses of 127.0.0.0/8 other than 127.0.0.1, which takes Linux.
 
 #![allow(clippy::unwrap_used, reason = "a test that meets an error shall fail")]
 
@@ -62,6 +64,14 @@ enum Flavour {
 }
 
 impl Flavour {
+    /// The region that has more than one node: only a server can be shared.
+    fn region_of_several(self) -> Option<usize> {
+        match self {
+            Self::Sqlite => None,
+            Self::Postgres => Some(0),
+        }
+    }
+
     async fn databases(self, directory: &Path) -> Vec<Database> {
         match self {
             Self::Sqlite => (0..REGIONS)

@@ -43,9 +43,15 @@ impl Random {
 /// Something that is done to the regions or to the ways between them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
-    /// The region is killed in mid-stride and started again.
+    /// All nodes of the region are killed in mid-stride and started again.
     Kill {
         region: usize,
+    },
+    /// One node of a region that has several is killed in mid-stride, and started again when another keeps the links: the
+    /// one that kept them, or one that did not.
+    KillOne {
+        region: usize,
+        keeper: bool,
     },
     /// As a kill; in between its database is copied.
     Copy {
@@ -96,27 +102,28 @@ impl fmt::Display for Step {
     }
 }
 
-/// The faults of a campaign, in the order of their time: as many rounds as fit, at least one.
-pub fn plan(seed: u64, length: Duration) -> Vec<Step> {
+/// The faults of a campaign, in the order of their time: as many rounds as fit, at least one. The region `several`, if there
+/// is one, has more than one node.
+pub fn plan(seed: u64, length: Duration, several: Option<usize>) -> Vec<Step> {
     let mut random = Random::new(seed);
     let rounds = (length.as_secs_f64() / ROUND.as_secs_f64()).round().max(1.0) as u32;
     let round = length / rounds;
     let mut steps = Vec::new();
     for number in 0..rounds {
         let begin = round * number;
-        let planned = plan_round(&mut random, round);
+        let planned = plan_round(&mut random, round, several);
         steps.extend(planned.into_iter().map(|step| Step { at: begin + step.at, ..step }));
     }
     steps.sort_by_key(|step| step.at);
     steps
 }
 
-fn plan_round(random: &mut Random, round: Duration) -> Vec<Step> {
+fn plan_round(random: &mut Random, round: Duration, several: Option<usize>) -> Vec<Step> {
     let mut regions = [0, 1, 2];
     random.shuffle(&mut regions);
     let [restored, emptied, other] = regions;
     let any = random.below(REGIONS);
-    let mut faults = [
+    let mut faults = vec![
         vec![Fault::Kill { region: any }],
         vec![Fault::Kill { region: other }],
         cut(random, true),
@@ -126,6 +133,9 @@ fn plan_round(random: &mut Random, round: Duration) -> Vec<Step> {
         vec![Fault::Isolate { region: restored }, Fault::Restore { region: restored }],
         vec![Fault::Isolate { region: emptied }, Fault::Empty { region: emptied }],
     ];
+    if let Some(region) = several {
+        faults.extend([true, false].map(|keeper| vec![Fault::KillOne { region, keeper }]));
+    }
     random.shuffle(&mut faults);
     // The copy is there before anything is restored, and has something in it.
     let mut steps = vec![Step { at: round / 10, fault: Fault::Copy { region: restored } }];
@@ -165,11 +175,11 @@ fn refuse(random: &mut Random) -> Vec<Fault> {
 #[test]
 fn the_same_seed_makes_the_same_plan_and_every_copy_comes_before_its_restore() {
     let length = Duration::from_secs(40);
-    let shown = |seed| plan(seed, length).iter().map(Step::to_string).collect::<Vec<_>>();
+    let shown = |seed| plan(seed, length, Some(0)).iter().map(Step::to_string).collect::<Vec<_>>();
     assert_eq!(shown(1), shown(1));
     assert_ne!(shown(1), shown(2));
     for seed in 0..200 {
-        let steps = plan(seed, length);
+        let steps = plan(seed, length, None);
         for (place, step) in steps.iter().enumerate() {
             let Fault::Restore { region } = step.fault else { continue };
             let copied = steps[..place].iter().any(|it| it.fault == Fault::Copy { region });

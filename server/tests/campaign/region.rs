@@ -1,4 +1,5 @@
-//! A region: a process of the built program, and a database that can be copied, put back and emptied while it is down.
+//! A region: processes of the built program that share a database, which can be copied, put back and emptied while they
+//! are down.
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader};
@@ -19,7 +20,7 @@ use crate::{DEADLINE, LOOK_EVERY};
 /// The secret that the regions share.
 const CLUSTER_KEY: &str = "a secret of the campaign's regions, of 32 bytes at least";
 
-/// Where clients reach a region, and which life it is in.
+/// Where clients reach a node of a region, and which life the region is in.
 #[derive(Clone)]
 pub struct Door {
     pub region: usize,
@@ -28,7 +29,7 @@ pub struct Door {
 }
 
 impl Door {
-    /// Counts the starts of the region.
+    /// Counts the starts of the whole region.
     pub fn life(&self) -> u64 {
         self.life.load(Ordering::SeqCst)
     }
@@ -126,12 +127,20 @@ async fn maintain(server: &TestServer, statement: String) -> sqlx::Result<()> {
 
 pub struct Region {
     pub name: &'static str,
+    /// Those that share the database: one on SQLite.
+    pub nodes: Vec<Node>,
+    pub database: Database,
+    /// Where its nodes reach the other regions.
+    pub peers: Vec<String>,
+    life: Arc<AtomicU64>,
+}
+
+/// A process of a region, and its addresses, which stay the same.
+pub struct Node {
+    pub name: String,
     pub door: Door,
     pub admin: SocketAddr,
     pub peer: SocketAddr,
-    pub database: Database,
-    /// Where it reaches the others.
-    pub peers: Vec<String>,
     /// What its processes have logged, one after the other.
     log: PathBuf,
     process: Option<Child>,
@@ -144,59 +153,82 @@ pub struct Inspection {
 }
 
 impl Region {
-    pub fn new(
-        number: usize,
-        name: &'static str,
-        host: Ipv4Addr,
-        directory: &Path,
-        database: Database,
-    ) -> Self {
-        // No outgoing connection is given a port of this host, so these stay free while the region is down.
+    pub fn new(name: &'static str, database: Database) -> Self {
+        Self { name, nodes: Vec::new(), database, peers: Vec::new(), life: Arc::default() }
+    }
+
+    /// Adds a node, which listens on a loopback address of its own.
+    pub fn add_node(&mut self, region: usize, host: Ipv4Addr, directory: &Path) {
+        let name = format!("{}-{}", self.name, self.nodes.len());
+        // No outgoing connection is given a port of this host, so these stay free while the node is down.
         let at = |port: u16| SocketAddr::from((host, port));
-        let life = Arc::new(AtomicU64::new(0));
-        Self {
-            name,
-            door: Door { region: number, clients: at(4400), life },
+        self.nodes.push(Node {
+            door: Door { region, clients: at(4400), life: self.life.clone() },
             peer: at(4401),
             admin: at(4402),
-            database,
-            peers: Vec::new(),
             log: directory.join(format!("{name}.log")),
+            name,
             process: None,
-        }
+        });
     }
 
-    /// Starts the region; when this returns, it accepts.
+    pub fn life(&self) -> u64 {
+        self.life.load(Ordering::SeqCst)
+    }
+
+    /// Starts all nodes at the same time; when this returns, they accept.
     pub async fn start(&mut self) {
-        assert!(self.process.is_none(), "the region is down");
-        let mut command = self.command(self.door.clients, self.admin);
-        command.args(["--peer-listen", &self.peer.to_string()]);
-        for peer in &self.peers {
-            command.args(["--peer", peer]);
-        }
-        self.door.life.fetch_add(1, Ordering::SeqCst);
-        let (process, _) = spawn(command).await;
-        self.process = Some(process);
+        self.life.fetch_add(1, Ordering::SeqCst);
+        let commands: Vec<Command> = self.nodes.iter().map(|node| self.command(node)).collect();
+        let starting = self.nodes.iter_mut().zip(commands).map(|(node, command)| node.start(command));
+        futures_util::future::join_all(starting).await;
     }
 
-    /// Kills the region in mid-stride. It must have been alive.
+    /// Starts one node again. The region's life goes on: its disk does.
+    pub async fn start_node(&mut self, number: usize) {
+        let command = self.command(&self.nodes[number]);
+        self.nodes[number].start(command).await;
+    }
+
+    /// Kills all nodes in mid-stride. They must have been alive.
     pub fn kill(&mut self) {
-        let mut process = self.process.take().expect("the region runs");
-        if let Some(status) = process.try_wait().unwrap() {
-            panic!("region {} has ended by itself: {status}", self.name);
-        }
-        kill(process);
+        self.nodes.iter_mut().for_each(Node::kill);
     }
 
     /// Serves the database of a region that is down to nobody but who knows the address.
     pub async fn inspect(&self) -> Inspection {
         let anywhere = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-        let (process, clients) = spawn(self.command(anywhere, anywhere)).await;
+        let (process, clients) = spawn(self.serve(&self.nodes[0].log, anywhere, anywhere)).await;
         Inspection { process, clients }
     }
 
-    fn command(&self, clients: SocketAddr, admin: SocketAddr) -> Command {
-        let log = OpenOptions::new().create(true).append(true).open(&self.log).unwrap();
+    /// The number of the node that keeps the links. There is one, or will be soon.
+    pub async fn keeper(&self) -> usize {
+        let keeper = tokio::time::timeout(DEADLINE, async {
+            loop {
+                for (number, node) in self.nodes.iter().enumerate().filter(|(_, node)| node.process.is_some())
+                {
+                    if node.keeps_links().await {
+                        return number;
+                    }
+                }
+                tokio::time::sleep(LOOK_EVERY).await;
+            }
+        });
+        keeper.await.unwrap_or_else(|_| panic!("no node of {} keeps its links", self.name))
+    }
+
+    fn command(&self, node: &Node) -> Command {
+        let mut command = self.serve(&node.log, node.door.clients, node.admin);
+        command.args(["--peer-listen", &node.peer.to_string()]);
+        for peer in &self.peers {
+            command.args(["--peer", peer]);
+        }
+        command
+    }
+
+    fn serve(&self, log: &Path, clients: SocketAddr, admin: SocketAddr) -> Command {
+        let log = OpenOptions::new().create(true).append(true).open(log).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_isobar"));
         command.args(["serve", "--region", self.name, "--database", &self.database.url()]);
         command.args(["--listen", &clients.to_string(), "--admin-listen", &admin.to_string()]);
@@ -205,19 +237,47 @@ impl Region {
         command
     }
 
+    /// Separates what the processes have logged.
+    pub fn note(&self, what: &str) {
+        self.nodes.iter().for_each(|node| node.note(what));
+    }
+}
+
+impl Node {
+    async fn start(&mut self, command: Command) {
+        assert!(self.process.is_none(), "the node is down");
+        self.process = Some(spawn(command).await.0);
+    }
+
+    /// Kills the node in mid-stride. It must have been alive.
+    pub fn kill(&mut self) {
+        let mut process = self.process.take().expect("the node runs");
+        if let Some(status) = process.try_wait().unwrap() {
+            panic!("node {} has ended by itself: {status}", self.name);
+        }
+        kill(process);
+    }
+
+    async fn keeps_links(&self) -> bool {
+        let answer = ask(self.admin, "GET", "/admin/v1/convergence").await;
+        answer.is_ok_and(|(_, body)| {
+            let body: serde_json::Value = serde_json::from_str(&body).unwrap();
+            body["keeps_links"] == true
+        })
+    }
+
     pub fn logged(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 
-    /// Separates what the processes have logged.
-    pub fn note(&self, what: &str) {
+    fn note(&self, what: &str) {
         use std::io::Write;
         let file: std::io::Result<File> = OpenOptions::new().create(true).append(true).open(&self.log);
         writeln!(file.unwrap(), "---- {what}").unwrap();
     }
 }
 
-impl Drop for Region {
+impl Drop for Node {
     fn drop(&mut self) {
         self.process.take().into_iter().for_each(kill);
     }
