@@ -142,6 +142,10 @@ pub const CLUSTER_KEY_BYTES_MIN: usize = 32;
 /// Most placement groups that one region holds.
 pub const REGION_GROUPS_MAX: usize = 256;
 
+/// Most nodes that a hello names as having been started on the region's database, the newest ones. A link to an older one
+/// has long timed out: as many starts take longer than that.
+pub const LINK_LINEAGE_MAX: usize = 64;
+
 /// Most features that a node may announce to another region. There is none yet.
 pub const LINK_FEATURES_MAX: usize = 64;
 

@@ -137,11 +137,15 @@ pub enum LinkFrame {
         request: u64,
         has: bool,
     },
-    /// The sender ends the link, and says why.
+    /// The sender ends the link, and says why: a text for the log, or [`CLONED`].
     Failed {
         message: String,
     },
 }
+
+/// What [`LinkFrame::Failed`] says to a node that goes by the name of a region which is linked already, by a node on another
+/// database.
+pub const CLONED: &str = "a node on another database is linked under this region's name";
 
 /// Where a document is, as far as a region knows.
 #[derive(Debug, Clone, PartialEq, Eq)]

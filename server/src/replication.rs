@@ -24,7 +24,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use isobar_protocol::ids::{DocumentId, OriginId, PlacementGroup, RegionName, Seq, StorageId};
-use isobar_protocol::link::handshake::Identity;
+use isobar_protocol::link::handshake::{Identity, NodeId};
 use isobar_protocol::link::{LinkFrame, Progress};
 use isobar_protocol::notice::{KnownRegion, Notice, Observation};
 use isobar_protocol::replica::{LinkId, LinkStatus, LogRead, Peer, Stored};
@@ -69,15 +69,30 @@ const EVENTS_MAX: usize = 256;
 /// Pause before something that failed in the database is tried again.
 const RETRY: Duration = Duration::from_millis(500);
 
+/// How long a link waits for what is read when this node begins to keep the links.
+const LINEAGE_PATIENCE: Duration = Duration::from_secs(5);
+
+/// What becomes of a link that was opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Verdict {
+    Kept,
+    /// There is one to that region already, which goes before it.
+    Superfluous,
+    /// There is one to that region already, by a node on another database.
+    Cloned,
+}
+
 /// What happens.
 enum Event {
     /// A link was opened; the answer says whether it is kept.
     Opened {
         link: LinkId,
         peer: Peer,
+        /// The nodes that were started on the peer's database, if it says so.
+        lineage: Option<Vec<NodeId>>,
         dialled_here: bool,
         outgoing: Arc<Outgoing>,
-        kept: oneshot::Sender<bool>,
+        kept: oneshot::Sender<Verdict>,
     },
     Closed {
         link: LinkId,
@@ -268,6 +283,8 @@ struct Shared {
     /// Whether any peer wants presence; a cheap look before anything is queued.
     presence_wanted: AtomicBool,
     keeps_links: watch::Receiver<bool>,
+    /// The nodes that were started on this database; known while this node keeps the links.
+    lineage: watch::Sender<Option<Vec<NodeId>>>,
     /// The groups that this region is in.
     groups: BTreeSet<PlacementGroup>,
     checks: scrub::Checks,
@@ -302,6 +319,7 @@ impl Replication {
             heard: Mutex::default(),
             presence_wanted: AtomicBool::new(false),
             keeps_links: parts.keeps_links.clone(),
+            lineage: watch::Sender::new(None),
             groups: groups.clone(),
             checks: scrub::Checks::default(),
             fatal: watch::Sender::new(None),
@@ -325,6 +343,15 @@ impl Replication {
         if !changed && keeping {
             std::future::pending::<()>().await;
         }
+    }
+
+    /// What this node says of itself at present; nothing if it is not ready to in time.
+    async fn identify(&self, identity: &Identity) -> Option<Identity> {
+        let mut lineage = self.shared.lineage.subscribe();
+        let known = tokio::time::timeout(LINEAGE_PATIENCE, lineage.wait_for(Option::is_some)).await;
+        let mut identity = identity.clone();
+        identity.hello.lineage = known.ok()?.ok()?.clone();
+        Some(identity)
     }
 
     /// Looks for a document that is not here in the other regions of a group, and fetches it. Only they learn its id.

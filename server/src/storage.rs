@@ -48,6 +48,9 @@
 //!     ([`StoredDocument::damaged_rows`]); the rest of the document is read, and nothing fails. [`Storage::mend_changes`] gives
 //!     every stored copy of a change the bytes that the caller has for it, and removes rows that do not decode; a change that is
 //!     not stored stays out.
+//! 16. **Nodes are registered.** The database remembers the nodes that were started on it ([`Storage::register_node`]), in
+//!     their order, the newest [`LINK_LINEAGE_MAX`] at least. A copy of the database has those of before it was made, and neither
+//!     has those of the other since.
 
 mod bundle;
 mod clock;
@@ -67,9 +70,12 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+#[cfg(doc)]
+use isobar_protocol::config::LINK_LINEAGE_MAX;
 use isobar_protocol::ids::{
     ChangeHash, DocumentId, Incarnation, OriginId, PlacementGroup, RegionName, Seq, StorageId,
 };
+use isobar_protocol::link::handshake::NodeId;
 use isobar_protocol::log::Chain;
 
 /// A change as it is stored: its name and its chunk, exactly as its author made it.
@@ -293,6 +299,12 @@ pub trait Storage: Send + Sync + 'static {
     async fn take_seat(&self) -> Result<seat::Seat, StorageError> {
         Ok(seat::Seat::alone())
     }
+
+    /// Remembers that a node was started on this database (clause 16).
+    async fn register_node(&self, node: NodeId) -> Result<(), StorageError>;
+
+    /// The newest nodes that were registered, at most [`LINK_LINEAGE_MAX`], the latest first.
+    async fn registered_nodes(&self) -> Result<Vec<NodeId>, StorageError>;
 
     /// Every origin that is known, this region's former ones included.
     async fn origins(&self) -> Result<Vec<StoredOrigin>, StorageError>;

@@ -96,6 +96,7 @@ pub struct Metrics {
     pub cold_changes: Counter,
     pub log_truncated_seq: Gauge,
     pub links_refused: Counter,
+    pub cloned_regions: Counter,
     pub siblings: Gauge,
     pub keeps_links: Gauge,
     pub followed_changes: Counter,
@@ -296,6 +297,7 @@ registered! {
         "Notices to the other nodes of the region that were dropped: too much waited to be told.";
     notices_malformed: counter = "isobar_sibling_notices_malformed_total",
         "Notices of other nodes of the region that could not be read.";
+    cloned_regions: counter = "isobar_cloned_regions_total", "Links refused, here or by the other end, because a region was started on two databases.";
     links_refused: counter = "isobar_links_refused_total", "Links refused because the other end proved nothing or the wrong thing.";
     link_bytes_sent: counter = "isobar_link_bytes_sent_total", "Bytes sent to other regions, compressed.";
     link_bytes_before_compression: counter = "isobar_link_bytes_before_compression_total",

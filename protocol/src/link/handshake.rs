@@ -47,6 +47,8 @@ use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
 
 use self::messages::{Challenge, Opening, Proved, kind};
+#[cfg(doc)]
+use crate::config::LINK_LINEAGE_MAX;
 use crate::config::{CLUSTER_KEY_BYTES_MIN, HANDSHAKE_BYTES_MAX};
 use crate::ids::{IdError, PlacementGroup, RegionName, StorageId};
 use crate::leb128::ReadError;
@@ -141,6 +143,10 @@ pub struct Hello {
     pub features: BTreeSet<String>,
     /// Where the region's clients reach it, for those that are sent on to it.
     pub client_url: Option<String>,
+    /// The nodes that were started on the region's database, this one among them: at most [`LINK_LINEAGE_MAX`], the newest. It
+    /// tells a successor or sibling of a node from one on a copy of its database. Nothing if the node is of a version that does
+    /// not say.
+    pub lineage: Option<Vec<NodeId>>,
 }
 
 /// What a node brings to each of its handshakes.

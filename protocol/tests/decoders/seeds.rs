@@ -416,6 +416,7 @@ fn handshake_seeds_are_accepted() {
             groups: ["everywhere", "near"].map(|group| PlacementGroup::new(group).unwrap()).into(),
             features: ["zstd".to_owned()].into(),
             client_url: Some("wss://eu.example".to_owned()),
+            lineage: Some([NodeId([1; 16]), NodeId([2; 16])].into()),
         },
     };
     let make = || {
@@ -436,8 +437,13 @@ fn handshake_seeds_are_accepted() {
         };
         let messages = [opening, challenge, introduction, welcome.into()];
         let mut seeds: Vec<_> = messages.iter().map(|message| under(0, message)).collect();
-        let plain =
-            Hello { groups: [].into(), features: [].into(), client_url: None, ..identity("us").hello };
+        let plain = Hello {
+            groups: [].into(),
+            features: [].into(),
+            client_url: None,
+            lineage: None,
+            ..identity("us").hello
+        };
         seeds.extend([identity("eu").hello, plain].map(|hello| under(1, &hello.encode())));
         seeds
     };

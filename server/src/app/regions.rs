@@ -30,6 +30,8 @@ impl Regions {
     ) -> anyhow::Result<Self> {
         let Some(address) = settings.peer_listener() else { return Ok(Self::default()) };
         let identity = Arc::new(identity(settings, storage_id)?);
+        // Before anybody is linked: whoever takes over from this node knows it then.
+        parts.storage.register_node(identity.hello.node).await?;
         let tls = Arc::new(PeerTls::load(settings)?);
         let listener = listen(address).await?;
         let address = listener.local_addr()?;
@@ -79,6 +81,8 @@ fn identity(settings: &Settings, storage_id: &StorageId) -> anyhow::Result<Ident
             storage_id: storage_id.clone(),
             features: Default::default(),
             client_url: settings.advertise.clone(),
+            // Read anew whenever this node begins to keep the links.
+            lineage: None,
         },
     })
 }

@@ -14,9 +14,8 @@ use tokio_rustls::TlsAcceptor;
 use tokio_tungstenite::{WebSocketStream, accept_async_with_config, tungstenite};
 
 use isobar_protocol::link::handshake::Refusal;
-use isobar_protocol::replica::Peer;
 
-use super::link::{Line, LinkError, refuse_peer, serve, shake_hands, socket_config};
+use super::link::{Line, LinkError, Proved, refuse_peer, serve, shake_hands, socket_config};
 use super::{Identities, Replication};
 use crate::telemetry::Metrics;
 
@@ -76,8 +75,8 @@ pub async fn accept_links(
         let (replication, identities, metrics) = (replication.clone(), identities.clone(), metrics.clone());
         connections.spawn(async move {
             match prove(&replication, &identities, stream, permit).await {
-                Ok((socket, peer)) => {
-                    if let Err(error) = serve(&replication, &metrics, socket, peer, false).await {
+                Ok((socket, proved)) => {
+                    if let Err(error) = serve(&replication, &metrics, socket, proved, false).await {
                         tracing::debug!(%address, %error, "link ended");
                     }
                 }
@@ -99,7 +98,7 @@ async fn prove(
     identities: &Identities,
     stream: TcpStream,
     _unproved: OwnedSemaphorePermit,
-) -> Result<(WebSocketStream<Line>, Peer), LinkError> {
+) -> Result<(WebSocketStream<Line>, Proved), LinkError> {
     let _ = stream.set_nodelay(true);
     let upgrade = async {
         let line = secure(identities, stream).await?;
@@ -111,8 +110,9 @@ async fn prove(
         refuse_peer(&mut socket, Refusal::KeptElsewhere).await?;
         return Err(LinkError::KeptElsewhere);
     }
-    let peer = shake_hands(&mut socket, &identities.node, false).await?;
-    Ok((socket, peer))
+    let identity = replication.identify(&identities.node).await.ok_or(LinkError::TimedOut)?;
+    let proved = shake_hands(&mut socket, &identity, false).await?;
+    Ok((socket, proved))
 }
 
 /// Puts TLS on a connection, if that is what this listener does.

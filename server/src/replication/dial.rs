@@ -195,9 +195,10 @@ async fn link_once(
 ) -> Result<(), LinkError> {
     let connected = tokio::time::timeout(CONNECT_PATIENCE, connect(identities, target)).await;
     let mut socket = connected.map_err(|_| LinkError::TimedOut)??;
-    let peer = shake_hands(&mut socket, &identities.node, true).await?;
-    *region = Some(peer.region.clone());
-    serve(replication, metrics, socket, peer, true).await
+    let identity = replication.identify(&identities.node).await.ok_or(LinkError::TimedOut)?;
+    let proved = shake_hands(&mut socket, &identity, true).await?;
+    *region = Some(proved.peer.region.clone());
+    serve(replication, metrics, socket, proved, true).await
 }
 
 async fn connect(identities: &Identities, target: &Target) -> Result<WebSocketStream<Line>, LinkError> {

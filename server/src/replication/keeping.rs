@@ -13,7 +13,7 @@ use isobar_protocol::replica::Replica;
 use tokio::sync::{mpsc, watch};
 
 use super::task::Task;
-use super::{EVENTS_MAX, Event, Parts, RETRY, Shared};
+use super::{EVENTS_MAX, Event, Parts, RETRY, Shared, Verdict};
 use crate::storage::{Storage, StorageError};
 
 /// What a link is told that comes to a node that does not keep the links any more.
@@ -65,7 +65,7 @@ impl Keeping {
                     None => return,
                 },
             }
-            let replica = match self.replica().await {
+            let replica = match self.prepare().await {
                 Ok(replica) => replica,
                 Err(error) => {
                     tracing::warn!(%error, "links not kept yet, trying on");
@@ -82,13 +82,16 @@ impl Keeping {
                 _ = becomes(&mut keeps, false) => false,
             };
             task.end(KEPT_ELSEWHERE);
+            self.shared.lineage.send_replace(None);
             if ended {
                 return;
             }
         }
     }
 
-    async fn replica(&self) -> Result<Replica, StorageError> {
+    /// A replica of what is stored. From now on links can be made.
+    async fn prepare(&self) -> Result<Replica, StorageError> {
+        let lineage = self.parts.storage.registered_nodes().await?;
         self.shared.read_acknowledgements(&*self.parts.storage).await?;
         let origins = self.parts.storage.origins().await?.into_iter().map(|it| Progress {
             origin: it.id,
@@ -97,6 +100,7 @@ impl Keeping {
             seq: it.seq,
             chain: it.chain,
         });
+        self.shared.lineage.send_replace(Some(lineage));
         Ok(Replica::new(self.region.clone(), self.groups.clone(), origins.collect(), self.own.clone()))
     }
 }
@@ -106,6 +110,6 @@ fn refuse(event: Event) {
     if let Event::Opened { outgoing, kept, .. } = event {
         outgoing.push(LinkFrame::Failed { message: KEPT_ELSEWHERE.to_owned() });
         outgoing.close();
-        let _ = kept.send(false);
+        let _ = kept.send(Verdict::Superfluous);
     }
 }

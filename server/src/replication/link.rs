@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use futures_util::{Sink, SinkExt, Stream, StreamExt};
 use isobar_protocol::link::handshake::{
-    Agreed, Handshake, HandshakeError, Hello, Identity, Nonce, Refusal, Step,
+    Agreed, Handshake, HandshakeError, Hello, Identity, NodeId, Nonce, Refusal, Step,
 };
+use isobar_protocol::link::{CLONED, LinkFrame};
 use isobar_protocol::replica::{LinkId, Peer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::oneshot;
@@ -19,7 +20,7 @@ use tokio_tungstenite::tungstenite::{self, Message};
 use super::envelope::{Envelope, MESSAGE_BYTES_MAX, Opener, Sealer};
 use super::outgoing::Outgoing;
 use super::pace::Pace;
-use super::{Event, Replication};
+use super::{Event, Replication, Verdict};
 use crate::telemetry::{LinkSent, Metrics};
 
 /// How long the handshake may take.
@@ -54,6 +55,9 @@ pub(super) enum LinkError {
     /// There is a link to that region already, and it goes before this one.
     #[error("another link to this region is up")]
     Superfluous,
+    /// There is a link to that region already, by a node on another database; the other end was told.
+    #[error("{CLONED}")]
+    Cloned,
     /// This node is not the one of its region that links to others; the other end was told.
     #[error("another node of this region keeps its links")]
     KeptElsewhere,
@@ -63,6 +67,13 @@ impl From<tungstenite::Error> for LinkError {
     fn from(error: tungstenite::Error) -> Self {
         Self::Socket(Box::new(error))
     }
+}
+
+/// Who is at the other end, as it has proved.
+pub(super) struct Proved {
+    pub(super) peer: Peer,
+    /// The nodes that were started on its database, if it says so.
+    pub(super) lineage: Option<Vec<NodeId>>,
 }
 
 /// The bytes of a link, with or without TLS.
@@ -85,7 +96,7 @@ pub(super) async fn shake_hands<S>(
     socket: &mut WebSocketStream<S>,
     identity: &Identity,
     dialled_here: bool,
-) -> Result<Peer, LinkError>
+) -> Result<Proved, LinkError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -100,8 +111,8 @@ where
     };
     let agreed =
         tokio::time::timeout(HANDSHAKE_PATIENCE, proving).await.map_err(|_| LinkError::TimedOut)??;
-    let Hello { region, node, storage_id, groups, client_url, .. } = agreed.peer;
-    Ok(Peer { region, node, storage_id, groups, client_url })
+    let Hello { region, node, storage_id, groups, client_url, lineage, .. } = agreed.peer;
+    Ok(Proved { peer: Peer { region, node, storage_id, groups, client_url }, lineage })
 }
 
 /// Hears who is at the other end, and refuses it.
@@ -184,7 +195,7 @@ pub(super) async fn serve<S>(
     replication: &Replication,
     metrics: &Metrics,
     socket: WebSocketStream<S>,
-    peer: Peer,
+    Proved { peer, lineage }: Proved,
     dialled_here: bool,
 ) -> Result<(), LinkError>
 where
@@ -195,12 +206,26 @@ where
     let pace = Pace::new(replication.shared.peer_rate_limit, Instant::now());
     let counted = metrics.link_sent(&peer.region);
     let (kept, is_kept) = oneshot::channel();
-    let opened = Event::Opened { link, peer, dialled_here, outgoing: outgoing.clone(), kept };
+    let opened = Event::Opened { link, peer, lineage, dialled_here, outgoing: outgoing.clone(), kept };
     replication.events.send(opened).await.map_err(|_| LinkError::Closed)?;
-    if !is_kept.await.unwrap_or(false) {
-        return Err(LinkError::Superfluous);
+    let (sink, mut stream) = socket.split();
+    match is_kept.await.unwrap_or(Verdict::Superfluous) {
+        Verdict::Kept => {}
+        Verdict::Superfluous => return Err(LinkError::Superfluous),
+        Verdict::Cloned => {
+            outgoing.push(LinkFrame::Failed { message: CLONED.to_owned() });
+            outgoing.close();
+            let refusing = async {
+                write(metrics, &counted, &outgoing, pace, sink).await?;
+                // Closed with something unread it would be reset, and what was said perhaps lost.
+                while stream.next().await.is_some_and(|message| message.is_ok()) {}
+                Ok(())
+            };
+            let refused: Result<Result<(), LinkError>, _> =
+                tokio::time::timeout(CLOSE_PATIENCE, refusing).await;
+            return refused.unwrap_or(Ok(())).and(Err(LinkError::Cloned));
+        }
     }
-    let (sink, stream) = socket.split();
     let ended = tokio::select! {
         ended = read(replication, metrics, link, stream) => ended,
         ended = write(metrics, &counted, &outgoing, pace, sink) => ended,

@@ -1,26 +1,29 @@
 //! The task that owns the replica: turns events into its calls, and keeps what is seen from outside up to date.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use isobar_protocol::ids::{OriginId, PlacementGroup, RegionName, Seq};
-use isobar_protocol::link::{LinkFrame, Progress};
+use isobar_protocol::link::handshake::NodeId;
+use isobar_protocol::link::{CLONED, LinkFrame, Progress};
 use isobar_protocol::receipts::{Observer, Receipts, Target};
 use isobar_protocol::replica::{LinkId, LinkStatus, Moment, Peer, Replica};
 use tokio::sync::{mpsc, oneshot};
 
 use super::outgoing::Outgoing;
-use super::{Event, Parts, SearchOutcome, Shared, View};
+use super::{Event, Parts, SearchOutcome, Shared, Verdict, View};
 use crate::commit::OwnProgress;
 use crate::storage::Acknowledgement;
 
+mod clones;
 mod effects;
 mod exchange;
 mod receipts;
 pub(super) mod scrub;
 mod siblings;
 
+use clones::Doubt;
 use exchange::Exchange;
 use siblings::Observers;
 
@@ -33,6 +36,10 @@ const UPKEEP: Duration = Duration::from_millis(500);
 /// A link that is up, as the task sees it.
 struct Up {
     peer: Peer,
+    /// The nodes that were started on the peer's database, if it says so.
+    lineage: Option<Vec<NodeId>>,
+    /// Another node claims to be of the peer's region, and does not know the peer.
+    doubt: Option<Doubt>,
     /// Whether the region whose name comes first dialled it: of two links between the same regions that one stays.
     dialled_by_first: bool,
     outgoing: Arc<Outgoing>,
@@ -53,6 +60,8 @@ pub(super) struct Task {
     scrubs: scrub::Scrubs,
     /// Ends when the last run of an origin has taken its place in the queue to the log.
     last_placed: HashMap<OriginId, oneshot::Receiver<()>>,
+    /// The regions that said last that another database goes by this region's name.
+    cloned_by: BTreeSet<RegionName>,
     /// Acknowledgements that are not noted in the database yet.
     unnoted: HashMap<(RegionName, OriginId), Seq>,
     started: Instant,
@@ -77,6 +86,7 @@ impl Task {
             targets: BTreeMap::new(),
             scrubs: scrub::Scrubs::default(),
             last_placed: HashMap::new(),
+            cloned_by: BTreeSet::new(),
             unnoted: HashMap::new(),
             started: Instant::now(),
         }
@@ -147,9 +157,10 @@ impl Task {
     fn handle(&mut self, event: Event) {
         let now = self.now();
         match event {
-            Event::Opened { link, peer, dialled_here, outgoing, kept } => {
-                let keep = self.open(link, peer, dialled_here, outgoing);
-                let _ = kept.send(keep);
+            Event::Opened { link, peer, lineage, dialled_here, outgoing, kept } => {
+                let dialled_by_first = dialled_here == (*self.replica.region() < peer.region);
+                let up = Up { peer, lineage, doubt: None, dialled_by_first, outgoing };
+                let _ = kept.send(self.open(link, up));
             }
             Event::Closed { link } => self.closed(link),
             Event::Frame { link, frame } => self.receive(link, frame),
@@ -172,35 +183,31 @@ impl Task {
     }
 
     /// Takes a link up, unless there is one to that region which goes before it.
-    fn open(&mut self, link: LinkId, peer: Peer, dialled_here: bool, outgoing: Arc<Outgoing>) -> bool {
-        let dialled_by_first = dialled_here == (*self.replica.region() < peer.region);
-        let previous = self.shared.linked.lock().get(&peer.region).copied();
+    fn open(&mut self, link: LinkId, mut up: Up) -> Verdict {
+        let previous = self.shared.linked.lock().get(&up.peer.region).copied();
         if let Some(previous) = previous {
-            // Another process of the region means that the one of the link is gone, whether or not that was noticed.
-            let stays = self
-                .links
-                .get(&previous)
-                .is_some_and(|it| it.dialled_by_first && !dialled_by_first && it.peer.node == peer.node);
-            if stays {
-                return false;
+            let verdict = self.judge(previous, &up);
+            if verdict != Verdict::Kept {
+                return verdict;
             }
             self.close(previous, "another link to this region took its place");
         }
-        let peer = self.in_known_groups(peer);
+        up.peer = self.in_known_groups(up.peer);
+        let peer = up.peer.clone();
         tracing::info!(region = %peer.region, "region linked");
         self.parts.metrics.linked(&peer.region, true);
         self.shared.linked.lock().insert(peer.region.clone(), link);
         self.shared.known.lock().insert(peer.region.clone(), peer.clone());
         self.shared.heard.lock().insert(peer.region.clone(), Instant::now());
-        self.replica.link_opened(self.now(), link, peer.clone());
-        self.links.insert(link, Up { peer, dialled_by_first, outgoing });
-        let groups = self.links[&link].peer.groups.clone();
+        let groups = peer.groups.clone();
+        self.replica.link_opened(self.now(), link, peer);
+        self.links.insert(link, up);
         self.receipts.link_opened(self.now(), link, groups, &self.replica);
         self.perform_receipts();
         self.offer_interests(link);
         self.offer_searches(link);
         self.state_keeping();
-        true
+        Verdict::Kept
     }
 
     /// The peer with those of its groups that this region's settings agree on: a region that is configured wrongly shall not
@@ -247,7 +254,13 @@ impl Task {
         let Some(up) = self.links.get(&link) else { return };
         if let LinkFrame::Failed { message } = &frame {
             tracing::warn!(region = %up.peer.region, message, "region ended the link");
+            if message == CLONED {
+                self.refused_as_clone(link);
+            }
             return self.closed(link);
+        }
+        if let LinkFrame::Pong { sent_ms } = &frame {
+            self.sign_of_life(link, *sent_ms);
         }
         let frame = self.receive_scrub(link, frame);
         if let Some(frame) = frame.and_then(|frame| self.receive_exchange(link, frame)) {

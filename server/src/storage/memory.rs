@@ -13,9 +13,11 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use isobar_protocol::config::LINK_LINEAGE_MAX;
 use isobar_protocol::ids::{
     ChangeHash, DocumentId, Incarnation, OriginId, PlacementGroup, RegionName, Seq, StorageId,
 };
+use isobar_protocol::link::handshake::NodeId;
 use isobar_protocol::log::Chain;
 use parking_lot::{Mutex, MutexGuard};
 use uuid::Uuid;
@@ -42,6 +44,8 @@ struct Database {
     documents: BTreeMap<DocumentId, Document>,
     tombstones: BTreeMap<DocumentId, Tombstone>,
     acknowledgements: BTreeMap<(RegionName, OriginId), Seq>,
+    /// The latest last.
+    nodes: Vec<NodeId>,
     /// By slot.
     seats: BTreeMap<u32, seat::Taken>,
     /// The node that keeps the links.
@@ -367,6 +371,15 @@ impl Storage for MemoryStorage {
             }
         }
         Ok(())
+    }
+
+    async fn register_node(&self, node: NodeId) -> Result<(), StorageError> {
+        self.database()?.nodes.push(node);
+        Ok(())
+    }
+
+    async fn registered_nodes(&self) -> Result<Vec<NodeId>, StorageError> {
+        Ok(self.database()?.nodes.iter().rev().take(LINK_LINEAGE_MAX).copied().collect())
     }
 
     async fn note_acknowledgements(&self, news: &[Acknowledgement]) -> Result<(), StorageError> {

@@ -22,7 +22,9 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use isobar_protocol::config::LINK_LINEAGE_MAX;
 use isobar_protocol::ids::{ChangeHash, DocumentId, OriginId, PlacementGroup, RegionName, Seq, StorageId};
+use isobar_protocol::link::handshake::NodeId;
 use sqlx::error::DatabaseError;
 use sqlx::postgres::{PgArguments, PgConnectOptions, PgConnection, PgQueryResult, PgRow};
 use sqlx::query::{Query, QueryAs};
@@ -33,7 +35,7 @@ use super::clock::{before_now_ms, now_ms};
 use super::failure::{clamped, classify, intact, signed, unsigned};
 use super::log_run::{FoundCounter, check, judge_refused};
 use super::rows::{
-    AcknowledgementRow, ContentsRow, CounterRow, ListedRow, OriginRow, loaded_document, read_runs,
+    AcknowledgementRow, ContentsRow, CounterRow, ListedRow, OriginRow, loaded_document, node_id, read_runs,
     state_columns,
 };
 use super::{
@@ -206,6 +208,18 @@ impl Storage for PostgresStorage {
 
     async fn take_seat(&self) -> Result<super::seat::Seat, StorageError> {
         seat::take(self.options.clone()).await
+    }
+
+    async fn register_node(&self, node: NodeId) -> Result<(), StorageError> {
+        self.execute(sqlx::query(schema::REGISTER_NODE).bind(&node.0[..])).await?;
+        self.execute(sqlx::query(schema::FORGET_NODES).bind(LINK_LINEAGE_MAX as i64)).await?;
+        Ok(())
+    }
+
+    async fn registered_nodes(&self) -> Result<Vec<NodeId>, StorageError> {
+        let read = sqlx::query_as(schema::READ_NODES).bind(LINK_LINEAGE_MAX as i64);
+        let rows: Vec<(Vec<u8>,)> = self.fetch_all(CALL_TIMEOUT, read).await?;
+        rows.iter().map(|(id,)| node_id(id)).collect()
     }
 
     async fn origins(&self) -> Result<Vec<StoredOrigin>, StorageError> {

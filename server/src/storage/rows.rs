@@ -2,6 +2,7 @@
 
 use bytes::Bytes;
 use isobar_protocol::ids::{DocumentId, Incarnation, OriginId, PlacementGroup, RegionName, Seq};
+use isobar_protocol::link::handshake::NodeId;
 use isobar_protocol::log::Chain;
 use sqlx::FromRow;
 use uuid::Uuid;
@@ -30,6 +31,10 @@ fn present<T>(column: Option<T>, name: &str) -> Result<T, StorageError> {
 
 fn origin_id(bytes: &[u8]) -> Result<OriginId, StorageError> {
     Uuid::from_slice(bytes).map(OriginId).map_err(|error| StorageError::Fatal(Box::new(error)))
+}
+
+pub(super) fn node_id(bytes: &[u8]) -> Result<NodeId, StorageError> {
+    bytes.try_into().map(NodeId).map_err(|_| damaged(format!("a node's id of {} bytes", bytes.len())))
 }
 
 fn chain(bytes: &[u8]) -> Result<Chain, StorageError> {

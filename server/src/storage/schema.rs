@@ -102,6 +102,16 @@ pub(super) const READ_LOG: &str = "\
     ), 0) \
     WHERE o.id = $1 ORDER BY l.last_seq";
 
+/// Two nodes that are started at once may get the same number.
+pub(super) const REGISTER_NODE: &str = "\
+    INSERT INTO nodes (id, number) SELECT $1, coalesce(max(number), 0) + 1 FROM nodes";
+
+/// Forgets all but the newest `$1`.
+pub(super) const FORGET_NODES: &str =
+    "DELETE FROM nodes WHERE number <= (SELECT max(number) FROM nodes) - $1";
+
+pub(super) const READ_NODES: &str = "SELECT id FROM nodes ORDER BY number DESC, id LIMIT $1";
+
 /// How many runs one read of the log returns at most.
 pub(super) const RUNS_READ_MAX: i64 = 512;
 

@@ -20,7 +20,9 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use isobar_protocol::config::LINK_LINEAGE_MAX;
 use isobar_protocol::ids::{ChangeHash, DocumentId, OriginId, PlacementGroup, RegionName, Seq, StorageId};
+use isobar_protocol::link::handshake::NodeId;
 use sqlx::error::DatabaseError;
 use sqlx::sqlite::SqliteConnection;
 use sqlx::{Connection, SqlitePool};
@@ -31,7 +33,7 @@ use super::clock::{before_now_ms, now_ms};
 use super::failure::{clamped, classify, intact, signed, unsigned};
 use super::log_run::{FoundCounter, check, judge_refused};
 use super::rows::{
-    AcknowledgementRow, ContentsRow, CounterRow, ListedRow, OriginRow, loaded_document, read_runs,
+    AcknowledgementRow, ContentsRow, CounterRow, ListedRow, OriginRow, loaded_document, node_id, read_runs,
     state_columns,
 };
 use super::{
@@ -165,6 +167,22 @@ impl Storage for SqliteStorage {
     ) -> Result<ClaimedOrigin, StorageError> {
         let mut writer = self.writer().await?;
         origins::claim(&mut writer, region, group, slot, anew).await
+    }
+
+    async fn register_node(&self, node: NodeId) -> Result<(), StorageError> {
+        let mut writer = self.writer().await?;
+        let mut transaction = writer.begin_with("BEGIN IMMEDIATE").await.map_err(failed)?;
+        let register = sqlx::query(schema::REGISTER_NODE).bind(&node.0[..]);
+        register.execute(&mut *transaction).await.map_err(failed)?;
+        let forget = sqlx::query(schema::FORGET_NODES).bind(LINK_LINEAGE_MAX as i64);
+        forget.execute(&mut *transaction).await.map_err(failed)?;
+        transaction.commit().await.map_err(failed)
+    }
+
+    async fn registered_nodes(&self) -> Result<Vec<NodeId>, StorageError> {
+        let read = sqlx::query_scalar(schema::READ_NODES).bind(LINK_LINEAGE_MAX as i64);
+        let rows: Vec<Vec<u8>> = read.fetch_all(&self.readers).await.map_err(failed)?;
+        rows.iter().map(|id| node_id(id)).collect()
     }
 
     async fn origins(&self) -> Result<Vec<StoredOrigin>, StorageError> {

@@ -320,7 +320,7 @@ fn region(name: &str, key: &ClusterKey, peers: &[&Node]) -> Settings {
     region_at(name, key, &peers)
 }
 
-fn region_at(name: &str, key: &ClusterKey, peers: &[SocketAddr]) -> Settings {
+pub fn region_at(name: &str, key: &ClusterKey, peers: &[SocketAddr]) -> Settings {
     let address = |peer: &SocketAddr| PeerAddress::WebSocket(format!("ws://{peer}"));
     Settings {
         region: name.to_owned(),

@@ -82,6 +82,7 @@ contract! {
     log::acknowledgements_go_forward_only,
     opening::clause_9_nodes_that_open_at_once_all_succeed,
     opening::clause_10_the_storage_id_stays_and_another_region_is_refused,
+    opening::clause_16_nodes_are_registered_in_order_and_the_newest_are_remembered,
     opening::statistics_count_documents_and_changes,
     opening::a_closed_storage_refuses_calls,
 }

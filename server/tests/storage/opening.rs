@@ -2,7 +2,9 @@
 
 use futures_util::future::join_all;
 use isobar::storage::{StorageError, StoredChange};
+use isobar_protocol::config::LINK_LINEAGE_MAX;
 use isobar_protocol::ids::{RegionName, Seq};
+use isobar_protocol::link::handshake::NodeId;
 use sqlx::Connection;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 
@@ -37,6 +39,19 @@ pub async fn clause_10_the_storage_id_stays_and_another_region_is_refused(databa
     assert!(matches!(refused, Err(StorageError::OtherRegion { .. })));
     assert_eq!(claim(&*storage, 0).await.incarnation.0, 1);
     assert_eq!(storage.region_identity(&region()).await.unwrap(), id);
+}
+
+pub async fn clause_16_nodes_are_registered_in_order_and_the_newest_are_remembered(database: Database) {
+    let node = |number: usize| NodeId([number as u8; 16]);
+    let storage = database.open().await;
+    assert_eq!(storage.registered_nodes().await.unwrap(), []);
+    let nodes: Vec<NodeId> = (0..LINK_LINEAGE_MAX + 6).map(node).collect();
+    for node in &nodes {
+        storage.register_node(*node).await.unwrap();
+    }
+    let database = database.crashed();
+    let found = database.open().await.registered_nodes().await.unwrap();
+    assert_eq!(found, nodes.into_iter().rev().take(LINK_LINEAGE_MAX).collect::<Vec<_>>());
 }
 
 pub async fn statistics_count_documents_and_changes(database: Database) {

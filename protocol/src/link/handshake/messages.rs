@@ -6,7 +6,8 @@
 //! refusal    255 reason
 //!
 //! challenge  = versions nonce
-//! hello      = region node storage_id group* feature* client_url?
+//! hello      = region node storage_id group* feature* client_url? lineage
+//! lineage    = node*                               or, of an older version, nothing at all
 //! versions   = min max                             unsigned LEB128
 //! ```
 //!
@@ -18,8 +19,8 @@ use bytes::Bytes;
 
 use super::{HandshakeError, Hello, NodeId, Nonce, Refusal, Versions};
 use crate::config::{
-    CLIENT_URL_BYTES_MAX, HANDSHAKE_BYTES_MAX, LINK_FEATURE_BYTES_MAX, LINK_FEATURES_MAX, PEER_ID_BYTES_MAX,
-    REGION_GROUPS_MAX,
+    CLIENT_URL_BYTES_MAX, HANDSHAKE_BYTES_MAX, LINK_FEATURE_BYTES_MAX, LINK_FEATURES_MAX, LINK_LINEAGE_MAX,
+    PEER_ID_BYTES_MAX, REGION_GROUPS_MAX,
 };
 use crate::ids::StorageId;
 use crate::leb128::{ReadError, write_unsigned};
@@ -33,6 +34,9 @@ pub mod kind {
     pub const WELCOME: u8 = 4;
     pub const REFUSAL: u8 = 255;
 }
+
+/// Bytes of a node's id.
+const NODE_BYTES: usize = 16;
 
 const REASON_MALFORMED: u8 = 1;
 const REASON_OTHER_CLUSTER: u8 = 2;
@@ -121,6 +125,9 @@ impl Hello {
         let features: Vec<_> = self.features.iter().collect();
         put_list(&mut out, &features, |out, feature| put_text(out, feature));
         put_option(&mut out, self.client_url.as_ref(), |out, url| put_text(out, url));
+        if let Some(lineage) = &self.lineage {
+            put_list(&mut out, lineage, |out, node| out.extend_from_slice(&node.0));
+        }
         out
     }
 
@@ -137,6 +144,12 @@ impl Hello {
             client_url: fields.option("client address", |fields| {
                 fields.text("client address", CLIENT_URL_BYTES_MAX).map(str::to_owned)
             })?,
+            lineage: match fields.end() {
+                Ok(()) => None,
+                Err(_) => Some(fields.list("lineage", NODE_BYTES, LINK_LINEAGE_MAX, |fields| {
+                    fields.array("node").map(NodeId)
+                })?),
+            },
         })
     }
 }

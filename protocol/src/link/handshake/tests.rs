@@ -1,7 +1,9 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::config::{CLIENT_URL_BYTES_MAX, LINK_FEATURE_BYTES_MAX, LINK_FEATURES_MAX, REGION_GROUPS_MAX};
+use crate::config::{
+    CLIENT_URL_BYTES_MAX, LINK_FEATURE_BYTES_MAX, LINK_FEATURES_MAX, LINK_LINEAGE_MAX, REGION_GROUPS_MAX,
+};
 
 const DIALLED: Nonce = Nonce([0xd1; 32]);
 const ACCEPTED: Nonce = Nonce([0xac; 32]);
@@ -14,6 +16,7 @@ fn hello(region: &str) -> Hello {
         groups: ["everywhere", "near"].map(|group| PlacementGroup::new(group).unwrap()).into(),
         features: ["zstd".to_owned()].into(),
         client_url: Some(format!("wss://{region}.example")),
+        lineage: Some([1, 2, region.as_bytes()[0]].map(|node| NodeId([node; 16])).into()),
     }
 }
 
@@ -362,6 +365,7 @@ fn a_hello_beyond_its_limits_is_refused() {
     at_most.features =
         (0..LINK_FEATURES_MAX).map(|number| format!("{number:0LINK_FEATURE_BYTES_MAX$}")).collect();
     at_most.client_url = Some("u".repeat(CLIENT_URL_BYTES_MAX));
+    at_most.lineage = Some(vec![NodeId([7; 16]); LINK_LINEAGE_MAX]);
     assert!(!refused(&at_most));
     assert!(at_most.encode().len() * 2 < HANDSHAKE_BYTES_MAX);
     let mut beyond = at_most.clone();
@@ -372,8 +376,18 @@ fn a_hello_beyond_its_limits_is_refused() {
     assert!(refused(&beyond));
     let beyond = Hello { features: ["f".repeat(LINK_FEATURE_BYTES_MAX + 1)].into(), ..hello("eu") };
     assert!(refused(&beyond));
+    let beyond = Hello { lineage: Some(vec![NodeId([7; 16]); LINK_LINEAGE_MAX + 1]), ..hello("eu") };
+    assert!(refused(&beyond));
     let beyond = Hello { client_url: Some("u".repeat(CLIENT_URL_BYTES_MAX + 1)), ..at_most };
     assert!(refused(&beyond));
+}
+
+#[test]
+fn a_hello_of_before_lineages_is_told_from_an_empty_lineage() {
+    for lineage in [None, Some(Vec::new()), Some(vec![NodeId([1; 16]), NodeId([0; 16])])] {
+        let hello = Hello { lineage, ..hello("eu") };
+        assert_eq!(Hello::decode(hello.encode().into()), Ok(hello));
+    }
 }
 
 proptest! {

@@ -13,6 +13,7 @@ use isobar::storage::{
     Storage, StorageError, StorageStatistics, StoredChange, StoredDocument, StoredOrigin, StoredRun, Writer,
 };
 use isobar_protocol::ids::{ChangeHash, DocumentId, OriginId, PlacementGroup, RegionName, Seq, StorageId};
+use isobar_protocol::link::handshake::NodeId;
 use isobar_protocol::log::{Content, Entry, encode_run};
 use parking_lot::Mutex;
 use tokio::sync::watch;
@@ -138,6 +139,14 @@ impl Storage for FaultyStorage {
         anew: bool,
     ) -> Result<ClaimedOrigin, StorageError> {
         self.inner.claim_origin(region, group, slot, anew).await
+    }
+
+    async fn register_node(&self, node: NodeId) -> Result<(), StorageError> {
+        self.inner.register_node(node).await
+    }
+
+    async fn registered_nodes(&self) -> Result<Vec<NodeId>, StorageError> {
+        self.inner.registered_nodes().await
     }
 
     async fn origins(&self) -> Result<Vec<StoredOrigin>, StorageError> {

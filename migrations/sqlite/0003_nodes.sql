@@ -1,0 +1,6 @@
+-- The nodes that were started on this database, the newest ones, in the order of their numbers. A copy of the database does not
+-- have those that were started on the original later.
+CREATE TABLE nodes (
+    id     BLOB NOT NULL PRIMARY KEY,
+    number INTEGER NOT NULL
+) WITHOUT ROWID;
