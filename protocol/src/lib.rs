@@ -20,6 +20,10 @@ pub mod interest;
 mod leb128;
 pub mod link;
 pub mod log;
+#[cfg(feature = "planted")]
+pub mod planted;
+#[cfg(not(feature = "planted"))]
+mod planted;
 pub mod presence;
 pub mod receipts;
 pub mod replica;

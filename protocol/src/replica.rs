@@ -33,6 +33,7 @@ use crate::ids::{DocumentId, OriginId, PlacementGroup, RegionName, Seq, StorageI
 use crate::link::handshake::NodeId;
 use crate::link::{DocumentContents, LinkFrame, Progress};
 use crate::log::{Chain, Opened};
+use crate::planted::{self, Fault};
 use crate::receipts::{Announced, Target};
 
 mod incoming;
@@ -297,8 +298,8 @@ impl Replica {
     /// A link is up, and its peer has proved who it is.
     pub fn link_opened(&mut self, now: Moment, link: LinkId, peer: Peer) {
         let opened = Link {
+            theirs: planted::announced_before(&self.region, &peer.region),
             peer,
-            theirs: BTreeMap::new(),
             floors: BTreeMap::new(),
             announced: BTreeMap::new(),
             announce_at: Moment(now.0 + ANNOUNCE_EVERY_MS),
@@ -321,9 +322,8 @@ impl Replica {
 
     /// A link is gone. What was sent on it and not acknowledged is sent again on the next.
     pub fn link_closed(&mut self, now: Moment, link: LinkId) {
-        if self.links.remove(&link).is_none() {
-            return;
-        }
+        let Some(closed) = self.links.remove(&link) else { return };
+        planted::link_closed(&self.region, &closed.peer.region, closed.theirs);
         for origin in self.origins.values_mut() {
             if origin.route.is_some_and(|route| route.link == link) {
                 origin.route = None;
@@ -508,13 +508,23 @@ impl Replica {
         self.groups.contains(group) && link.peer.groups.contains(group)
     }
 
+    /// Whether origins of a group may be sent over a link.
+    fn may_send(&self, link: &Link, group: &PlacementGroup) -> bool {
+        self.shares(link, group) || planted::is(Fault::SendOutsideGroups)
+    }
+
+    /// Whether origins of a group are taken from a link.
+    fn may_take(&self, link: &Link, group: &PlacementGroup) -> bool {
+        self.shares(link, group) || planted::is(Fault::TakeOutsideGroups)
+    }
+
     /// What has become durable since the last announcement to this peer; it counts as announced.
     fn news_for(&mut self, link: LinkId) -> Vec<Progress> {
         let Some(known) = self.links.get(&link) else { return Vec::new() };
         let is_news = |(id, origin): &(&OriginId, &Origin)| {
             !origin.forked
                 && (origin.own || origin.sibling || origin.durable.0 > Seq(0))
-                && self.shares(known, &origin.group)
+                && self.may_send(known, &origin.group)
                 && known.announced.get(id).is_none_or(|seq| *seq < origin.durable.0)
         };
         let news: Vec<Progress> =
@@ -564,6 +574,11 @@ impl Replica {
     }
 }
 
+/// Whether two logs that stand at one seq are one.
+fn agree(one: Chain, other: Chain) -> bool {
+    one == other || planted::is(Fault::SkipChainCheck)
+}
+
 impl Announced for Replica {
     fn covers(&self, link: LinkId, target: &Target) -> bool {
         let Some(known) = self.links.get(&link) else { return false };
@@ -572,11 +587,6 @@ impl Announced for Replica {
 }
 
 fn progress(id: OriginId, origin: &Origin) -> Progress {
-    Progress {
-        origin: id,
-        region: origin.region.clone(),
-        group: origin.group.clone(),
-        seq: origin.durable.0,
-        chain: origin.durable.1,
-    }
+    let (seq, chain) = if planted::is(Fault::AnnounceUnstored) { origin.received } else { origin.durable };
+    Progress { origin: id, region: origin.region.clone(), group: origin.group.clone(), seq, chain }
 }

@@ -10,6 +10,7 @@ use super::{Effect, LinkId, Moment, Origin, Replica};
 use crate::config::FETCH_PATIENCE_MS;
 use crate::ids::{DocumentId, OriginId, PlacementGroup, RegionName, Seq};
 use crate::link::{DocumentContents, LinkFrame, Progress};
+use crate::planted::{self, Fault};
 
 /// A snapshot that is being fetched.
 #[derive(Debug)]
@@ -77,6 +78,7 @@ impl Replica {
         if origin.own
             || origin.sibling
             || origin.forked
+            || planted::is(Fault::IgnoreTruncated)
             || origin.route.is_some_and(|route| gains(route.link))
         {
             return None;
@@ -92,7 +94,8 @@ impl Replica {
         let Some(fetch) = &self.fetch else { return };
         let covers = |link: &LinkId| {
             let theirs = &self.links[link].theirs;
-            fetch.vector.iter().all(|it| theirs.get(&it.origin).is_some_and(|seq| *seq >= it.seq))
+            planted::is(Fault::ResumeAnywhere)
+                || fetch.vector.iter().all(|it| theirs.get(&it.origin).is_some_and(|seq| *seq >= it.seq))
         };
         let same = |link: &LinkId| self.links[link].peer.region == fetch.region;
         let link =
@@ -128,7 +131,7 @@ impl Replica {
         next: Option<DocumentId>,
     ) {
         let Some(known) = self.links.get(&link) else { return };
-        let shared = |group: &PlacementGroup| self.shares(known, group);
+        let shared = |group: &PlacementGroup| self.may_take(known, group);
         if documents.iter().any(|it| !shared(&it.group)) || vector.iter().any(|it| !shared(&it.group)) {
             self.effects.push(Effect::Close { link, reason: "a page holds documents of other groups" });
             return;
@@ -139,6 +142,9 @@ impl Replica {
             fetch.vector = vector;
         }
         fetch.stage = Stage::Storing(next);
+        if planted::is(Fault::AdoptEarly) && !fetch.vector.is_empty() {
+            self.effects.push(Effect::AdoptOrigins { origins: fetch.vector.clone() });
+        }
         self.effects.push(Effect::StorePage { documents });
     }
 
@@ -186,8 +192,8 @@ impl Replica {
     /// A peer asks for a page.
     pub(super) fn page_requested(&mut self, link: LinkId, after: Option<DocumentId>) {
         let Some(known) = self.links.get(&link) else { return };
-        let groups: BTreeSet<PlacementGroup> =
-            self.groups.intersection(&known.peer.groups).cloned().collect();
+        let may_send = |group: &&PlacementGroup| self.may_send(known, group);
+        let groups: BTreeSet<PlacementGroup> = self.groups.iter().filter(may_send).cloned().collect();
         let vector = match after {
             Some(_) => Vec::new(),
             None => {

@@ -296,14 +296,25 @@ impl World {
     ) -> Result<(), Stored> {
         let (origin, group, first, last) = (run.origin, run.group.clone(), run.first, run.last);
         let chain: Chain = run.chain;
+        let before = Seq(run.first.0 - 1);
+        let chains = entries.iter().fold(run.chain_before, |chain, (id, opened)| opened.chain(chain, id));
+        if chains != run.chain {
+            let origin = run.origin;
+            self.violate(Invariant::OneEntryPerSeq, || format!("r{at} mixes two logs of {origin:?}"));
+        }
         if let Err(found) = self.regions[at].disk.append(run) {
+            if found.seq == before {
+                self.violate(Invariant::OneEntryPerSeq, || {
+                    format!("r{at} is handed another log of {origin:?}")
+                });
+            }
             return Err(Stored::OutOfStep { seq: found.seq, chain: found.chain });
         }
         if let Err(violation) = self.ledger.record(origin, &group, first, entries) {
             self.violate(violation.invariant, || format!("r{at}: {}", violation.detail));
             return Ok(());
         }
-        if self.ledger.chain(origin, last) != Some(chain) {
+        if !self.ledger.is_chain(origin, last, chain) {
             self.violate(Invariant::OneEntryPerSeq, || {
                 format!("r{at}: {origin:?} has a wrong chain at {last:?}")
             });
@@ -387,7 +398,7 @@ impl World {
             if over_log && let Some(row) = disk.origins.get_mut(&progress.origin) {
                 row.floor = floor;
             }
-            if self.ledger.chain(progress.origin, progress.seq) != Some(progress.chain) {
+            if !self.ledger.is_chain(progress.origin, progress.seq, progress.chain) {
                 self.violate(Invariant::OneEntryPerSeq, || format!("r{at} adopts {progress:?}"));
             }
             self.ledger.note_reached(at, progress.origin, progress.seq);

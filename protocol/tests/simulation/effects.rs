@@ -88,6 +88,11 @@ impl World {
                 let noted = self.regions[at].disk.acknowledged.entry((region, origin)).or_insert(Seq(0));
                 *noted = (*noted).max(seq);
             }
+            Effect::OriginForked { .. } | Effect::OwnOriginLost { .. }
+                if self.is_planted(Planted::ForkOrigins) =>
+            {
+                self.fork_noticed(at, &effect);
+            }
             Effect::OriginForked { origin, region, seq } => {
                 self.violate(Invariant::OneEntryPerSeq, || {
                     format!("r{at} finds {origin:?} of {region} forked at {seq:?}")
@@ -96,6 +101,15 @@ impl World {
             Effect::OwnOriginLost { origin } => {
                 self.violate(Invariant::OneEntryPerSeq, || format!("r{at} has lost its own {origin:?}"));
             }
+        }
+    }
+
+    /// A node whose own log is not what others have of it writes no more under it.
+    fn fork_noticed(&mut self, at: usize, effect: &Effect) {
+        self.count("forks noticed");
+        if let Effect::OwnOriginLost { origin } = effect {
+            self.regions[at].disk.claimed.retain(|_, claimed| claimed != origin);
+            self.crash(at);
         }
     }
 

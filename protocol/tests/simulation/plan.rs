@@ -58,12 +58,15 @@ pub enum Planted {
     ReportStoredBeforeCommit,
     /// A log read leaves an entry out.
     SkipEntry,
-    /// Heads are shown without regard to missing dependencies.
-    ForgetDependencies,
     /// A node goes on under the origin that it finds on its disk.
     KeepOrigin,
     /// A node goes on under the origin that it finds on its disk if nothing is written under it there.
     KeepUnwrittenOrigin,
+    /// Not a mistake of this kind: nodes go on under the origins that they find, so that two logs come to be under one name. No
+    /// region may mix them.
+    ForkOrigins,
+    /// Not a mistake either: nobody looks at what regions send beyond their groups. No region may take it.
+    TrustSenders,
     /// Changes of a deleted document are stored.
     Resurrect,
     /// Pages leave deletions out.

@@ -155,6 +155,7 @@ impl World {
             links: 0,
             plan,
         };
+        world.ledger.may_fork = planted == Some(Planted::ForkOrigins);
         world.lay_out();
         world
     }
@@ -377,7 +378,7 @@ impl World {
 
     /// Claims an origin for a group: a new one, whatever is there.
     fn claim(&mut self, at: usize, group: &PlacementGroup) -> OriginId {
-        let keeps = self.is_planted(Planted::KeepOrigin);
+        let keeps = self.is_planted(Planted::KeepOrigin) || self.is_planted(Planted::ForkOrigins);
         let keeps_unwritten = self.is_planted(Planted::KeepUnwrittenOrigin);
         let disk = &mut self.regions[at].disk;
         if let Some(claimed) = disk.claimed.get(group)
