@@ -8,6 +8,7 @@ use isobar_protocol::link::DocumentContents;
 use isobar_protocol::log::{decode_run, encode_run};
 use isobar_protocol::replica::{Effect, LinkId, LogRead, LogSlice};
 
+use crate::bases::contents_of;
 use crate::ledger::Invariant;
 use crate::plan::Planted;
 use crate::region::Submission;
@@ -26,17 +27,36 @@ impl World {
             if node.effects.is_empty() {
                 return;
             }
-            if let Some(left) = &mut region.effects_left {
-                if *left == 0 {
-                    region.effects_left = None;
-                    self.count("crashes between effects");
-                    return self.crash(at);
-                }
-                *left -= 1;
+            if !self.survives_step(at) {
+                return;
             }
+            let node = self.regions[at].node.as_mut().expect("it survives");
             let effect = node.effects.pop_front().expect("it was there a moment ago");
             trace::note(|| format!("  r{at} {effect:?}"));
             self.perform(at, effect);
+        }
+    }
+
+    /// Whether a node lives to take its next step.
+    pub fn survives_step(&mut self, at: usize) -> bool {
+        let region = &mut self.regions[at];
+        match &mut region.effects_left {
+            Some(0) => {
+                region.effects_left = None;
+                let moment = match &region.node {
+                    Some(node) if !node.after.is_empty() => "crashes after a commit",
+                    Some(node) if node.batch.is_some() => "crashes during a commit",
+                    _ => "crashes between effects",
+                };
+                self.count(moment);
+                self.crash(at);
+                false
+            }
+            Some(left) => {
+                *left -= 1;
+                true
+            }
+            None => true,
         }
     }
 
@@ -79,11 +99,11 @@ impl World {
                     });
                 }
             }
-            Effect::StorePage { documents } => {
-                self.count("pages");
-                self.submit(at, Submission::Page(documents));
+            Effect::StorePage { documents } => self.store_page(at, documents),
+            Effect::AdoptOrigins { origins } => {
+                let delay = self.rng.range(1, self.plan.commit_ms.max(2));
+                self.after(delay, Event::Adopt { region: at, life, origins });
             }
-            Effect::AdoptOrigins { origins } => self.submit(at, Submission::Adopt(origins)),
             Effect::Acknowledged { region, origin, seq } => {
                 let noted = self.regions[at].disk.acknowledged.entry((region, origin)).or_insert(Seq(0));
                 *noted = (*noted).max(seq);
@@ -101,6 +121,22 @@ impl World {
             Effect::OwnOriginLost { origin } => {
                 self.violate(Invariant::OneEntryPerSeq, || format!("r{at} has lost its own {origin:?}"));
             }
+        }
+    }
+
+    /// Has a page stored, one document after the other.
+    fn store_page(&mut self, at: usize, documents: Vec<DocumentContents>) {
+        self.count("pages");
+        if documents.is_empty() {
+            return self.submit(at, Submission::Contents { contents: None, is_last: true });
+        }
+        let count = documents.len();
+        for (number, contents) in documents.into_iter().enumerate() {
+            if self.regions[at].node.is_none() {
+                return;
+            }
+            let contents = Some(Box::new(contents));
+            self.submit(at, Submission::Contents { contents, is_last: number + 1 == count });
         }
     }
 
@@ -165,7 +201,7 @@ impl World {
                 document: id.clone(),
                 group: row.group.clone(),
                 deleted_at_ms: row.deleted_at_ms,
-                base: None,
+                base: row.base.as_ref().map(contents_of),
                 changes: row.changes.values().map(|made| made.change.bytes.clone()).collect(),
             })
             .collect();

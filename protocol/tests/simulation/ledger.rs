@@ -16,11 +16,15 @@ pub enum Invariant {
     DenseLog,
     /// `(origin, seq)` names one entry for ever.
     OneEntryPerSeq,
+    /// Nobody writes under an origin that was replaced.
+    OneWriter,
     CausalVisibility,
     AcknowledgedMeansKept,
     TruncatedWhenAcknowledged,
     NoResurrection,
     Residency,
+    /// What is said to be in another region is there.
+    TrueReceipts,
     Bounded,
     Convergence,
     /// It reaches those who want it and may have it, from where it was said.
