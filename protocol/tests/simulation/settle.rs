@@ -69,6 +69,7 @@ impl World {
     fn calm_down(&mut self) {
         trace::note(|| format!("{} calm", self.now));
         self.calm = true;
+        self.trap = None;
         for pair in 0..self.pairs.len() {
             (0..2).for_each(|from| self.after(0, Event::Heal { pair, from }));
         }
