@@ -13,9 +13,10 @@ use isobar_protocol::link::BaseContents;
 
 use crate::change_bytes::Made;
 use crate::disk::BaseRow;
+use crate::events::Event;
 use crate::ledger::Invariant;
 use crate::plan::Planted;
-use crate::world::{Event, World};
+use crate::world::World;
 
 /// How often a base cannot be installed for now, in percent.
 const FAILS_PERCENT: u32 = 10;

@@ -15,10 +15,11 @@ use isobar_protocol::replica::{LinkId, ReceivedRun};
 
 use crate::bases::covered_by;
 use crate::disk::{Disk, OriginRow};
+use crate::events::Event;
 use crate::ledger::{Invariant, Name};
 use crate::plan::Planted;
 use crate::region::name_of;
-use crate::world::{Event, World};
+use crate::world::World;
 
 impl World {
     /// Holds a frame that a region sends against its disk, and against what the receiver may see.

@@ -9,11 +9,12 @@ use isobar_protocol::log::{decode_run, encode_run};
 use isobar_protocol::replica::{Effect, LinkId, LogRead, LogSlice};
 
 use crate::bases::contents_of;
+use crate::events::Event;
 use crate::ledger::Invariant;
 use crate::plan::Planted;
 use crate::region::Submission;
 use crate::trace;
-use crate::world::{Event, World};
+use crate::world::World;
 
 /// Log reads that a link may have under way: as many as fill its window.
 const READS_MAX: usize = LINK_WINDOW_BYTES / ENTRIES_BYTES;

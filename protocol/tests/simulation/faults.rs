@@ -3,11 +3,12 @@
 use isobar_protocol::ids::{OriginId, RegionName, Seq};
 use isobar_protocol::link::{LinkFrame, codec};
 
+use crate::events::Event;
 use crate::ledger::Invariant;
 use crate::plan::{Fault, Planted};
 use crate::region::{Own, Submission};
 use crate::trace;
-use crate::world::{Event, World};
+use crate::world::World;
 
 /// How many copies of a disk are kept.
 const COPIES_MAX: usize = 2;

@@ -6,7 +6,8 @@
 //! the first, `SIMULATION_THREADS` on how many threads; `SIMULATION_SEED` runs one and prints what happened in it. A schedule
 //! that fails is run again for its trace, of which the end is printed. The same seed is the same schedule, to the byte.
 //!
-//! What it cannot see: the server's own shell, that is SQL, tasks, framing and TLS.
+//! What it cannot see: the server's own shell, that is SQL, tasks, framing and TLS. What it does not play yet: several nodes on
+//! one database, and the comparing of documents between regions (`scrub`).
 
 mod bases;
 mod change_bytes;
@@ -15,6 +16,7 @@ mod client;
 mod commits;
 mod disk;
 mod effects;
+mod events;
 mod faults;
 mod ledger;
 mod network;
@@ -28,6 +30,7 @@ mod region;
 mod rng;
 mod settle;
 mod staging;
+mod storing;
 mod trace;
 mod turns;
 mod wires;

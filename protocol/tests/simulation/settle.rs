@@ -5,11 +5,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use isobar_protocol::ids::{ChangeHash, DocumentId, OriginId, PlacementGroup, Seq};
 
 use crate::disk::Disk;
+use crate::events::Event;
 use crate::ledger::{Invariant, Violation};
 use crate::plan::Planted;
 use crate::region::Region;
 use crate::trace;
-use crate::world::{Event, Tally, World};
+use crate::world::{Tally, World};
 
 /// How long regions may take to come to the same after the last fault, in virtual time. Dead links are noticed after 15
 /// seconds, and some are noticed one after the other.

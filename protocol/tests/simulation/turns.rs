@@ -9,10 +9,11 @@ use isobar_protocol::log::Opened;
 
 use crate::change_bytes::Made;
 use crate::client::Client;
+use crate::events::Event;
 use crate::plan::Planted;
 use crate::staging::ingest;
 use crate::trace;
-use crate::world::{Event, World};
+use crate::world::World;
 
 impl World {
     pub fn turn(&mut self, client: usize) {

@@ -3,9 +3,10 @@
 use isobar_protocol::link::{LinkFrame, codec};
 use isobar_protocol::replica::LinkId;
 
+use crate::events::Event;
 use crate::faults::kind_of;
 use crate::network::{Connection, REMEMBERED_MAX, Remembered, Stream};
-use crate::world::{Event, World};
+use crate::world::World;
 
 /// After so long a dial is given up.
 const HANDSHAKE_WITHIN_MS: u64 = 2_000;

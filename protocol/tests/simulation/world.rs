@@ -1,19 +1,17 @@
 //! The world: regions, the network and clients on one heap of events, in virtual time, out of one seed.
 
-use std::cmp::{Ordering, Reverse};
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap};
 use std::sync::Arc;
 
 use isobar_protocol::ids::{ChangeHash, DocumentId, OriginId, PlacementGroup, RegionName, Seq};
-use isobar_protocol::link::Progress;
 use isobar_protocol::replica::{LinkId, Moment, Replica};
 use uuid::Uuid;
 
-use crate::bases::NewBase;
 use crate::change_bytes::Made;
 use crate::client::Client;
-use crate::commits::Batch;
 use crate::disk::{Disk, OriginRow};
+use crate::events::{Event, Scheduled};
 use crate::ledger::{Invariant, Ledger, Violation};
 use crate::network::{Connection, Pair};
 use crate::plan::{Plan, Planted};
@@ -30,126 +28,6 @@ const CALM_TICK_MS: u64 = 100;
 
 /// More events than any schedule needs: one that has so many goes round in circles.
 const EVENTS_MAX: u64 = 2_000_000;
-
-#[derive(Debug)]
-pub enum Event {
-    /// A node's timer; the second number is the node's life, here and below.
-    Tick(usize, u64),
-    Deliver {
-        connection: usize,
-        from: usize,
-    },
-    LinkUp {
-        connection: usize,
-        side: usize,
-    },
-    LinkDown {
-        connection: usize,
-        side: usize,
-    },
-    Dial(usize),
-    CommitDone(usize, u64),
-    /// The node goes on after a commit.
-    Committed(usize, u64),
-    /// A commit is done whose node has died.
-    LateCommit {
-        region: usize,
-        disk: u64,
-        batch: Box<Batch>,
-    },
-    /// A snapshot's vector is to be adopted; and is.
-    Adopt {
-        region: usize,
-        life: u64,
-        origins: Vec<Progress>,
-    },
-    Adopted {
-        region: usize,
-        life: u64,
-        origins: Vec<Progress>,
-    },
-    BaseMade {
-        region: usize,
-        life: u64,
-        document: DocumentId,
-        base: Box<NewBase>,
-    },
-    BaseInstalled {
-        region: usize,
-        life: u64,
-        document: DocumentId,
-        generation: u64,
-        load: u64,
-    },
-    Prune {
-        region: usize,
-        life: u64,
-        document: DocumentId,
-    },
-    LogRead {
-        region: usize,
-        life: u64,
-        link: LinkId,
-        origin: OriginId,
-        after: Seq,
-        bytes_max: usize,
-    },
-    PageRead {
-        region: usize,
-        life: u64,
-        link: LinkId,
-        after: Option<DocumentId>,
-        groups: BTreeSet<PlacementGroup>,
-    },
-    Turn(usize),
-    /// What a client sent arrives.
-    Offer {
-        client: usize,
-        region: usize,
-        life: u64,
-        document: DocumentId,
-        changes: Vec<Arc<Made>>,
-    },
-    /// A client hears that changes of its own are kept.
-    Acknowledged {
-        client: usize,
-        document: DocumentId,
-        changes: Vec<ChangeHash>,
-    },
-    Fault,
-    Heal {
-        pair: usize,
-        from: usize,
-    },
-    Start(usize),
-    Join,
-    /// A region leaves for good.
-    Leave(usize),
-}
-
-#[derive(Debug)]
-struct Scheduled {
-    at: u64,
-    number: u64,
-    event: Event,
-}
-
-impl PartialEq for Scheduled {
-    fn eq(&self, other: &Self) -> bool {
-        self.cmp(other) == Ordering::Equal
-    }
-}
-impl Eq for Scheduled {}
-impl PartialOrd for Scheduled {
-    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
-        Some(self.cmp(other))
-    }
-}
-impl Ord for Scheduled {
-    fn cmp(&self, other: &Self) -> Ordering {
-        (self.at, self.number).cmp(&(other.at, other.number))
-    }
-}
 
 /// How often what happened; to see that schedules reach what they are for.
 pub type Tally = BTreeMap<&'static str, u64>;
