@@ -108,6 +108,7 @@ impl App {
             receipts: receipts.clone(),
             advertise: settings.advertise.clone(),
             peer_rate_limit: settings.peer_rate_limit,
+            frame_limits: settings.frame_limits,
             keeps_links: siblings.keeps_links(),
             siblings: followed,
         };
@@ -315,11 +316,11 @@ async fn truncate(node: Arc<Node>, shares_database: bool) {
         ticks.tick().await;
         let logs = progress.borrow().clone();
         for log in logs {
-            match node.storage.truncate_log(log.origin, log.seq, keep).await {
-                Ok(()) => node.metrics.log_truncated_seq.set(log.seq.0 as f64),
-                Err(error) => tracing::warn!(%error, "log not truncated"),
+            if let Err(error) = node.storage.truncate_log(log.origin, log.seq, keep).await {
+                tracing::warn!(%error, "log not truncated");
             }
         }
+        node.metrics.log_truncations.increment(1);
     }
 }
 

@@ -9,7 +9,8 @@
 //! - [`task`] is that task; its `effects` perform what the replica decides, and its `exchange` answers and asks what is
 //!   not about the log: where a document is, presence.
 //! - [`snapshot`] reads and stores pages of documents.
-//! - [`truncate`] gives up log entries that every region has.
+//! - [`parts`] is how frames travel that are longer than others.
+//! - [`members`] remembers the regions that were ever linked; [`truncate`] gives up log entries that every region has.
 //!
 //! # Bounds
 //!
@@ -20,12 +21,12 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use isobar_protocol::ids::{DocumentId, OriginId, PlacementGroup, RegionName, Seq, StorageId};
 use isobar_protocol::link::handshake::Identity;
-use isobar_protocol::link::{LinkFrame, Progress};
-use isobar_protocol::replica::{LinkId, LinkStatus, LogRead, Peer, Stored};
+use isobar_protocol::link::{LinkFrame, MissingDocument, Progress};
+use isobar_protocol::replica::{FetchStatus, LinkId, LinkStatus, LogRead, Page, Peer, Stored};
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -33,7 +34,7 @@ use crate::commit::Committer;
 use crate::documents::Documents;
 use crate::outbox::Ephemeral;
 use crate::receipts::{Observed, Receipts};
-use crate::storage::{Storage, StorageError};
+use crate::storage::{Member, Storage, StorageError};
 use crate::telemetry::Metrics;
 
 mod accept;
@@ -41,8 +42,10 @@ mod dial;
 mod envelope;
 mod keeping;
 mod link;
+mod members;
 mod outgoing;
 mod pace;
+mod parts;
 mod snapshot;
 mod task;
 mod tls;
@@ -53,7 +56,10 @@ use outgoing::Outgoing;
 
 pub use accept::accept_links;
 pub use dial::keep_links;
+pub use members::ForgetError;
+pub use parts::FrameLimits;
 pub use tls::PeerTls;
+pub use truncate::Keep;
 
 /// Events that wait at most. A frame is at most some hundred kilobytes, unless it is a whole document.
 const EVENTS_MAX: usize = 256;
@@ -91,11 +97,14 @@ enum Event {
     },
     PageRead {
         link: LinkId,
-        page: Option<snapshot::Page>,
+        page: Option<Page>,
     },
-    PageStored,
+    PageStored {
+        unusable: Vec<MissingDocument>,
+    },
     Adopted {
         origins: Vec<Progress>,
+        missing: Vec<MissingDocument>,
     },
     /// Look for a document in the other regions of a group.
     Search {
@@ -111,6 +120,13 @@ enum Event {
     /// Contents that a search fetched are stored.
     Fetched {
         request: u64,
+        stored: bool,
+    },
+    /// What came of storing a document that a snapshot had lacked.
+    WantedStored {
+        document: DocumentId,
+        request: u64,
+        stored: bool,
     },
     Presence(Arc<Ephemeral>),
     /// What documents hold of which somebody wants receipts, and those of which nobody does any more.
@@ -158,6 +174,7 @@ pub struct Parts {
     pub advertise: Option<String>,
     /// Bytes a second that a link may send.
     pub peer_rate_limit: Option<NonZeroU64>,
+    pub frame_limits: FrameLimits,
     /// Whether this node keeps the region's links.
     pub keeps_links: watch::Receiver<bool>,
     /// How far the origins of the region are stored that this node does not write.
@@ -173,6 +190,10 @@ pub struct View {
     pub lags_ms: Vec<u64>,
     /// Origins of which two logs exist.
     pub forked: Vec<OriginId>,
+    /// Documents that lack some of what the vector claims, because a snapshot lacked them.
+    pub missing: Vec<DocumentId>,
+    /// A snapshot that is being fetched.
+    pub fetch: Option<FetchStatus>,
 }
 
 /// A handle to the replication of a node. Cheap to clone.
@@ -186,14 +207,15 @@ pub struct Replication {
 struct Shared {
     next_link: AtomicU64,
     peer_rate_limit: Option<NonZeroU64>,
+    frame_limits: FrameLimits,
     /// By region, of the links that are up.
     linked: Mutex<HashMap<RegionName, LinkId>>,
     view: Mutex<View>,
     acknowledged: Mutex<HashMap<(RegionName, OriginId), Seq>>,
     /// The regions that were linked since the node started, as they said last who they are.
     known: Mutex<BTreeMap<RegionName, Peer>>,
-    /// When each region was last linked.
-    heard: Mutex<HashMap<RegionName, Instant>>,
+    /// The regions that were ever linked.
+    members: Mutex<BTreeMap<RegionName, Member>>,
     /// Whether any peer wants presence; a cheap look before anything is queued.
     presence_wanted: AtomicBool,
     keeps_links: watch::Receiver<bool>,
@@ -214,11 +236,12 @@ impl Replication {
         let shared = Arc::new(Shared {
             next_link: AtomicU64::new(1),
             peer_rate_limit: parts.peer_rate_limit,
+            frame_limits: parts.frame_limits,
             linked: Mutex::default(),
             view: Mutex::default(),
             acknowledged: Mutex::default(),
             known: Mutex::default(),
-            heard: Mutex::default(),
+            members: Mutex::default(),
             presence_wanted: AtomicBool::new(false),
             keeps_links: parts.keeps_links.clone(),
             fatal: watch::Sender::new(None),
@@ -289,11 +312,6 @@ impl Replication {
 
     pub fn view(&self) -> View {
         self.shared.view.lock().clone()
-    }
-
-    /// The other regions that were ever linked.
-    pub fn members(&self) -> Vec<RegionName> {
-        self.shared.heard.lock().keys().cloned().collect()
     }
 
     /// How far a region has stored an origin, as it said last.

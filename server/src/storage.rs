@@ -40,10 +40,13 @@
 //!     its changes from every stored run (their names, seqs and chain stay). Nothing appended later brings the document
 //!     back: its changes are left out, its log entries are stored. The earliest deletion time counts.
 //! 13. **Vectors are adopted forward.** [`Storage::adopt_origins`] raises counters of other regions' origins after a
-//!     snapshot, never lowers one, and leaves the log below truncated.
+//!     snapshot, never lowers one, and leaves the log below truncated. Which documents the snapshot lacked is noted in the same
+//!     transaction ([`Storage::missing_documents`]): at no moment does a counter claim what is neither here nor noted.
 //! 14. **One seat each.** Of the nodes that have a seat ([`Storage::take_seat`]) no two have the same slot, and at most one
 //!     keeps the links but for a moment. A seat is free again when its process is gone, without anybody waiting for a
 //!     term to run out, or when its machine has not been heard of for some seconds.
+//! 15. **Members are remembered.** [`Storage::note_member`] keeps when a region was last linked, which never goes back, until
+//!     [`Storage::forget_member`] removes all that is known of it.
 
 mod bundle;
 mod clock;
@@ -66,6 +69,7 @@ use bytes::Bytes;
 use isobar_protocol::ids::{
     ChangeHash, DocumentId, Incarnation, OriginId, PlacementGroup, RegionName, Seq, StorageId,
 };
+use isobar_protocol::link::MissingDocument;
 use isobar_protocol::log::Chain;
 
 /// A change as it is stored: its name and its chunk, exactly as its author made it.
@@ -168,6 +172,16 @@ pub struct Acknowledgement {
     pub region: RegionName,
     pub origin: OriginId,
     pub seq: Seq,
+}
+
+/// Another region that was ever linked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Member {
+    pub region: RegionName,
+    /// When it was linked last, in milliseconds of Unix time.
+    pub linked_at_ms: u64,
+    /// It was away for so long that log entries are given up without it.
+    pub needs_snapshot: bool,
 }
 
 /// A base as it is kept beside a document's tail. The two opaque parts that are needed rarely stay in the
@@ -344,14 +358,34 @@ pub trait Storage: Send + Sync + 'static {
         older_than: Duration,
     ) -> Result<(), StorageError>;
 
-    /// Raises other regions' origins to where a snapshot was taken, creating those that are not known (clause 13).
-    async fn adopt_origins(&self, origins: &[StoredOrigin]) -> Result<(), StorageError>;
+    /// Raises other regions' origins to where a snapshot was taken, creating those that are not known, and notes which
+    /// documents it lacked (clause 13).
+    async fn adopt_origins(
+        &self,
+        origins: &[StoredOrigin],
+        missing: &[MissingDocument],
+    ) -> Result<(), StorageError>;
+
+    /// The documents that snapshots lacked and that were not found since, in the order of their ids.
+    async fn missing_documents(&self) -> Result<Vec<MissingDocument>, StorageError>;
+
+    /// A document is whole again: what it lacked is stored.
+    async fn document_found(&self, document: &DocumentId) -> Result<(), StorageError>;
 
     /// Notes how far other regions have stored logs; what goes back is ignored.
     async fn note_acknowledgements(&self, news: &[Acknowledgement]) -> Result<(), StorageError>;
 
     /// What was noted.
     async fn acknowledgements(&self) -> Result<Vec<Acknowledgement>, StorageError>;
+
+    /// Notes that a region was linked then, and whether it needs a snapshot (clause 15).
+    async fn note_member(&self, member: &Member) -> Result<(), StorageError>;
+
+    /// The regions that were ever linked, by name (clause 15).
+    async fn members(&self) -> Result<Vec<Member>, StorageError>;
+
+    /// Removes a region and its acknowledgements. Returns whether it was known.
+    async fn forget_member(&self, region: &RegionName) -> Result<bool, StorageError>;
 
     /// Up to `limit` documents after `after` in the order of their ids, deleted and quarantined ones included.
     async fn list_documents(

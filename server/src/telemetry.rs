@@ -94,7 +94,8 @@ pub struct Metrics {
     pub quarantines: Counter,
     pub replicated_refused: Counter,
     pub cold_changes: Counter,
-    pub log_truncated_seq: Gauge,
+    pub log_truncations: Counter,
+    pub log_entries_held: Gauge,
     pub links_refused: Counter,
     pub siblings: Gauge,
     pub keeps_links: Gauge,
@@ -105,6 +106,9 @@ pub struct Metrics {
     pub link_bytes_received: Counter,
     pub link_frames_waiting: Gauge,
     pub origins_forked: Counter,
+    pub documents_missing: Gauge,
+    pub snapshot_documents: Counter,
+    pub snapshot_bytes: Counter,
     pub searches: Counter,
 }
 
@@ -177,6 +181,15 @@ impl Metrics {
         });
     }
 
+    /// Reports whether log entries are given up without a region.
+    pub fn needs_snapshot(&self, region: &RegionName, needs_snapshot: bool) {
+        let region = region.as_str().to_owned();
+        metrics::with_local_recorder(&self.recorder, || {
+            gauge!("isobar_region_needs_snapshot", "region" => region)
+                .set(f64::from(u8::from(needs_snapshot)));
+        });
+    }
+
     /// The counters of what is sent to a region.
     pub fn link_sent(&self, region: &RegionName) -> LinkSent {
         let region = region.as_str().to_owned();
@@ -184,6 +197,13 @@ impl Metrics {
             bytes: counter!("isobar_link_region_bytes_sent_total", "region" => region.clone()),
             throttled_microseconds: counter!("isobar_link_throttled_microseconds_total", "region" => region),
         })
+    }
+
+    /// Counts a document that another region should have had and was not given.
+    pub fn contents_withheld(&self, reason: &'static str) {
+        metrics::with_local_recorder(&self.recorder, || {
+            counter!("isobar_contents_withheld_total", "reason" => reason).increment(1);
+        });
     }
 
     pub fn materialised(&self, reason: MaterialiseReason) {
@@ -279,6 +299,12 @@ registered! {
     link_bytes_received: counter = "isobar_link_bytes_received_total", "Bytes received from other regions, compressed.";
     link_frames_waiting: gauge = "isobar_link_frames_waiting", "Frames that wait to be sent to other regions.";
     origins_forked: counter = "isobar_origins_forked_total", "Origins given up because two logs exist under their name.";
+    documents_missing: gauge = "isobar_documents_missing",
+        "Documents that lack some of what the vector claims: a snapshot lacked them.";
+    snapshot_documents: counter = "isobar_snapshot_documents_total", "Documents that came with pages of snapshots.";
+    snapshot_bytes: counter = "isobar_snapshot_bytes_total", "Bytes of documents that came with pages of snapshots.";
     searches: counter = "isobar_searches_total", "Documents looked for in other regions.";
-    log_truncated_seq: gauge = "isobar_log_truncated_seq", "The seq up to which this node's log has been truncated.";
+    log_truncations: counter = "isobar_log_truncations_total", "Times that the logs were truncated.";
+    log_entries_held: gauge = "isobar_log_entries_held",
+        "Log entries that are kept because a region that is waited for has not stored them.";
 }

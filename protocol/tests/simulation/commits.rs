@@ -157,7 +157,7 @@ impl World {
             self.call(at, |replica, now| match item {
                 News::Own(progress) => replica.own_appended(now, progress),
                 News::Stored { origin, last, outcome } => replica.stored(now, origin, last, outcome),
-                News::PageStored => replica.page_stored(now),
+                News::PageStored => replica.page_stored(now, Vec::new()),
                 News::Adopted(origins) => replica.adopted(now, &origins),
             });
         }

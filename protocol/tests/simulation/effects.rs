@@ -6,7 +6,7 @@ use isobar_protocol::config::{ENTRIES_BYTES, LINK_WINDOW_BYTES};
 use isobar_protocol::ids::{DocumentId, OriginId, PlacementGroup, Seq};
 use isobar_protocol::link::DocumentContents;
 use isobar_protocol::log::{decode_run, encode_run};
-use isobar_protocol::replica::{Effect, LinkId, LogRead, LogSlice};
+use isobar_protocol::replica::{Effect, LinkId, LogRead, LogSlice, Page};
 
 use crate::ledger::Invariant;
 use crate::plan::Planted;
@@ -83,7 +83,7 @@ impl World {
                 self.count("pages");
                 self.submit(at, Submission::Page(documents));
             }
-            Effect::AdoptOrigins { origins } => self.submit(at, Submission::Adopt(origins)),
+            Effect::AdoptOrigins { origins, .. } => self.submit(at, Submission::Adopt(origins)),
             Effect::Acknowledged { region, origin, seq } => {
                 let noted = self.regions[at].disk.acknowledged.entry((region, origin)).or_insert(Seq(0));
                 *noted = (*noted).max(seq);
@@ -156,7 +156,8 @@ impl World {
             })
             .collect();
         let next = rows.next().and(page.last()).map(|last| last.document.clone());
-        self.call(at, |replica, now| replica.page_read(now, link, Some((page, next))));
+        let page = Page { documents: page, missing: Vec::new(), next };
+        self.call(at, |replica, now| replica.page_read(now, link, Some(page)));
     }
 }
 

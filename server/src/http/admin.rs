@@ -11,14 +11,18 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get};
 use isobar_protocol::ids::{DocumentId, RegionName};
+use isobar_protocol::replica::{FetchStatus, LinkStatus};
 use serde::Serialize;
 
 use super::Shared;
+use crate::replication::{ForgetError, Replication};
+use crate::storage::Member;
 
 pub(super) fn routes() -> Router<Shared> {
     Router::new()
         .route("/admin/v1/documents/{id}", delete(delete_document))
         .route("/admin/v1/peers", get(peers))
+        .route("/admin/v1/peers/{region}", delete(forget_peer))
         .route("/admin/v1/convergence", get(convergence))
 }
 
@@ -64,10 +68,22 @@ async fn delete_document(State(shared): State<Shared>, Path(id): Path<String>) -
     }
 }
 
-/// A link to another region.
+/// A region that was ever linked, and the link to it, if there is one: else those fields are not there that only a link tells.
 #[derive(Serialize)]
 struct PeerView {
     region: String,
+    up: bool,
+    /// When it was linked last, in milliseconds of Unix time.
+    linked_at_ms: Option<u64>,
+    /// It was away for so long that log entries are given up without it.
+    needs_snapshot: bool,
+    #[serde(flatten)]
+    link: Option<LinkView>,
+}
+
+/// A link to another region.
+#[derive(Serialize)]
+struct LinkView {
     round_trip_ms: Option<u64>,
     /// Log entries that the region has announced and that are not stored here.
     behind_changes: u64,
@@ -80,15 +96,24 @@ struct PeerView {
     /// Origins that are taken from this region.
     routes: usize,
     fetches_snapshot: bool,
+    /// How far the snapshot is that is fetched from this region.
+    snapshot: Option<SnapshotView>,
 }
 
-async fn peers(State(shared): State<Shared>) -> Response {
-    let Some(replication) = &shared.node.replication else {
-        return Json(Vec::<PeerView>::new()).into_response();
-    };
-    let view = replication.view();
-    let peers = view.links.into_iter().zip(view.lags_ms).map(|(link, lag_ms)| PeerView {
-        region: link.region.to_string(),
+/// A snapshot that is being fetched. How much it will be nobody knows before its end.
+#[derive(Serialize)]
+struct SnapshotView {
+    /// Stored so far.
+    documents: u64,
+    bytes: u64,
+    /// What could not be had so far.
+    missing_documents: usize,
+    /// Since when, on whichever links.
+    running_ms: u64,
+}
+
+fn link_view(link: &LinkStatus, lag_ms: u64, fetch: Option<&FetchStatus>) -> LinkView {
+    LinkView {
         round_trip_ms: link.round_trip_ms,
         behind_changes: link.behind,
         ahead_changes: link.ahead,
@@ -96,8 +121,66 @@ async fn peers(State(shared): State<Shared>) -> Response {
         in_flight_bytes: link.in_flight_bytes,
         routes: link.routes,
         fetches_snapshot: link.fetches_snapshot,
-    });
-    Json(peers.collect::<Vec<_>>()).into_response()
+        snapshot: fetch.filter(|_| link.fetches_snapshot).map(|it| SnapshotView {
+            documents: it.documents,
+            bytes: it.bytes,
+            missing_documents: it.missing,
+            running_ms: it.running_ms,
+        }),
+    }
+}
+
+async fn peers(State(shared): State<Shared>) -> Response {
+    let peers = shared.node.replication.as_ref().map(peer_views).unwrap_or_default();
+    Json(peers.into_values().collect::<Vec<_>>()).into_response()
+}
+
+fn peer_views(replication: &Replication) -> BTreeMap<RegionName, PeerView> {
+    let absent = |member: Member| PeerView {
+        region: member.region.to_string(),
+        up: false,
+        linked_at_ms: Some(member.linked_at_ms),
+        needs_snapshot: member.needs_snapshot,
+        link: None,
+    };
+    let members = replication.members().into_iter();
+    let mut peers: BTreeMap<_, _> = members.map(|it| (it.region.clone(), absent(it))).collect();
+    let view = replication.view();
+    for (link, lag_ms) in view.links.iter().zip(view.lags_ms) {
+        let linked_at_ms = peers.get(&link.region).and_then(|it| it.linked_at_ms);
+        let link_view = link_view(link, lag_ms, view.fetch.as_ref());
+        let region = link.region.to_string();
+        let peer = PeerView { region, up: true, linked_at_ms, needs_snapshot: false, link: Some(link_view) };
+        peers.insert(link.region.clone(), peer);
+    }
+    peers
+}
+
+/// Forgets a region that was removed. It must not be linked.
+async fn forget_peer(State(shared): State<Shared>, Path(region): Path<String>) -> Response {
+    let unknown = || {
+        let detail = ForgetError::Unknown.to_string();
+        problem(StatusCode::NOT_FOUND, "/problems/unknown-region", "unknown region", detail)
+    };
+    let (Some(replication), Ok(region)) = (&shared.node.replication, RegionName::new(&region)) else {
+        return unknown();
+    };
+    match replication.forget(&region, &*shared.node.storage).await {
+        Ok(()) => {
+            shared.node.metrics.needs_snapshot(&region, false);
+            StatusCode::NO_CONTENT.into_response()
+        }
+        Err(ForgetError::Unknown) => unknown(),
+        Err(error @ (ForgetError::Linked | ForgetError::KeptElsewhere)) => {
+            let title = "the region cannot be forgotten";
+            problem(StatusCode::CONFLICT, "/problems/region-in-use", title, error.to_string())
+        }
+        Err(ForgetError::Storage(error)) => {
+            tracing::warn!(%region, %error, "region not forgotten");
+            let title = "the region could not be forgotten at the moment";
+            problem(StatusCode::SERVICE_UNAVAILABLE, "/problems/storage", title, "try again".into())
+        }
+    }
 }
 
 /// How this region stands to another.
@@ -117,6 +200,9 @@ enum Standing {
         ahead_changes: u64,
     },
     Unlinked,
+    /// It was away for so long that log entries are given up without it.
+    #[serde(rename = "needs-snapshot")]
+    NeedsSnapshot,
 }
 
 #[derive(Serialize)]
@@ -126,7 +212,12 @@ struct Convergence {
     vector: BTreeMap<String, u64>,
     regions: BTreeMap<String, Standing>,
     forked_origins: Vec<String>,
+    /// Documents that lack some of what the vector claims, because a snapshot lacked them; the first of them.
+    missing_documents: Vec<String>,
 }
+
+/// Missing documents that are named; the metric counts them all.
+const MISSING_NAMED_MAX: usize = 100;
 
 async fn convergence(State(shared): State<Shared>) -> Response {
     let node = &shared.node;
@@ -135,13 +226,18 @@ async fn convergence(State(shared): State<Shared>) -> Response {
         vector: BTreeMap::new(),
         regions: BTreeMap::new(),
         forked_origins: Vec::new(),
+        missing_documents: Vec::new(),
     };
     if let Some(replication) = &node.replication {
         let view = replication.view();
         answer.vector = view.vector.iter().map(|it| (it.origin.0.to_string(), it.seq.0)).collect();
         answer.forked_origins = view.forked.iter().map(|it| it.0.to_string()).collect();
-        let unlinked =
-            replication.members().into_iter().map(|it: RegionName| (it.to_string(), Standing::Unlinked));
+        let missing = view.missing.iter().take(MISSING_NAMED_MAX);
+        answer.missing_documents = missing.map(|it| it.to_string()).collect();
+        let unlinked = replication.members().into_iter().map(|it| match it.needs_snapshot {
+            true => (it.region.to_string(), Standing::NeedsSnapshot),
+            false => (it.region.to_string(), Standing::Unlinked),
+        });
         answer.regions = unlinked.collect();
         for link in view.links {
             let standing = match (link.behind, link.ahead) {

@@ -5,21 +5,25 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use isobar_protocol::ids::{OriginId, RegionName, Seq};
-use isobar_protocol::link::{LinkFrame, Progress};
+use isobar_protocol::link::{FEATURE_PARTS, LinkFrame, Progress};
 use isobar_protocol::receipts::Receipts;
 use isobar_protocol::replica::{LinkId, LinkStatus, Moment, Peer, Replica};
 use tokio::sync::{mpsc, oneshot};
 
+use super::members::NOTE_EVERY;
 use super::outgoing::Outgoing;
+use super::snapshot::Audience;
 use super::{Event, Parts, SearchOutcome, Shared, View};
 use crate::commit::OwnProgress;
 use crate::storage::Acknowledgement;
 
 mod effects;
 mod exchange;
+mod missing;
 mod receipts;
 
 use exchange::Exchange;
+use missing::Wanted;
 
 /// How often the replica is told that time has passed.
 const TICK: Duration = Duration::from_millis(10);
@@ -33,6 +37,8 @@ struct Up {
     /// Whether the region whose name comes first dialled it: of two links between the same regions that one stays.
     dialled_by_first: bool,
     outgoing: Arc<Outgoing>,
+    /// For whom documents are read that the peer asks for.
+    audience: Audience,
 }
 
 /// The task. See the module.
@@ -43,11 +49,15 @@ pub(super) struct Task {
     events: mpsc::WeakSender<Event>,
     links: HashMap<LinkId, Up>,
     exchange: Exchange,
+    /// What a snapshot lacked.
+    wanted: Wanted,
     receipts: Receipts,
     /// Ends when the last run of an origin has taken its place in the queue to the log.
     last_placed: HashMap<OriginId, oneshot::Receiver<()>>,
     /// Acknowledgements that are not noted in the database yet.
     unnoted: HashMap<(RegionName, OriginId), Seq>,
+    /// When it was noted last which regions are linked.
+    members_noted: Instant,
     started: Instant,
 }
 
@@ -65,9 +75,11 @@ impl Task {
             events: events.downgrade(),
             links: HashMap::new(),
             exchange: Exchange::default(),
+            wanted: Wanted::default(),
             receipts: Receipts::default(),
             last_placed: HashMap::new(),
             unnoted: HashMap::new(),
+            members_noted: Instant::now(),
             started: Instant::now(),
         }
     }
@@ -147,11 +159,20 @@ impl Task {
             }
             Event::Stored { origin, last, outcome } => self.replica.stored(now, origin, last, outcome),
             Event::PageRead { link, page } => self.replica.page_read(now, link, page),
-            Event::PageStored => self.replica.page_stored(now),
-            Event::Adopted { origins } => self.replica.adopted(now, &origins),
+            Event::PageStored { unusable } => self.replica.page_stored(now, unusable),
+            Event::Adopted { origins, missing } => {
+                self.replica.adopted(now, &origins);
+                self.want(missing);
+            }
             Event::Search { document, group, found } => self.search(document, group, found),
             Event::Reply { link, frame } => self.send(link, frame),
-            Event::Fetched { request } => self.exchange.settle(request, &SearchOutcome::Found),
+            Event::Fetched { request, stored: true } => {
+                self.exchange.settle(request, &SearchOutcome::Found);
+            }
+            Event::Fetched { request, stored: false } => self.exchange.give_up(request),
+            Event::WantedStored { document, request, stored } => {
+                self.wanted_stored(&document, request, stored);
+            }
             Event::Presence(message) => self.relay_presence(&message),
             Event::Observed { observed, left } => self.observe(observed, &left),
         }
@@ -176,9 +197,12 @@ impl Task {
         self.parts.metrics.linked(&peer.region, true);
         self.shared.linked.lock().insert(peer.region.clone(), link);
         self.shared.known.lock().insert(peer.region.clone(), peer.clone());
-        self.shared.heard.lock().insert(peer.region.clone(), Instant::now());
+        self.note_linked(&peer.region);
         self.replica.link_opened(self.now(), link, peer.clone());
-        self.links.insert(link, Up { peer, dialled_by_first, outgoing });
+        let takes_parts = peer.features.contains(FEATURE_PARTS);
+        let contents_bytes_max = self.parts.frame_limits.contents_bytes_max(takes_parts);
+        let audience = Audience { groups: peer.groups.clone(), contents_bytes_max };
+        self.links.insert(link, Up { peer, dialled_by_first, outgoing, audience });
         let groups = self.links[&link].peer.groups.clone();
         self.receipts.link_opened(self.now(), link, groups, &self.replica);
         self.perform_receipts();
@@ -205,9 +229,11 @@ impl Task {
             linked.remove(&up.peer.region);
             tracing::warn!(region = %up.peer.region, "region not linked any more");
             self.parts.metrics.linked(&up.peer.region, false);
+            self.note_linked(&up.peer.region);
         }
         drop(linked);
         self.exchange.link_closed(link);
+        self.wanted.link_closed(link);
         self.receipts.link_closed(link);
         self.replica.link_closed(self.now(), link);
     }
@@ -237,18 +263,38 @@ impl Task {
     fn look_after(&mut self) {
         self.refresh_interests();
         self.exchange.expire();
+        self.ask_for_wanted();
         let now = self.now();
         let links: Vec<LinkStatus> = self.replica.links().collect();
         let waiting: usize = self.links.values().map(|up| up.outgoing.len()).sum();
         self.parts.metrics.link_frames_waiting.set(waiting as f64);
         for status in &links {
             self.parts.metrics.link(status, lag_ms(now, status));
-            self.shared.heard.lock().insert(status.region.clone(), Instant::now());
+        }
+        if self.members_noted.elapsed() >= NOTE_EVERY {
+            self.members_noted = Instant::now();
+            links.iter().for_each(|status| self.note_linked(&status.region));
         }
         let lags_ms = links.iter().map(|status| lag_ms(now, status)).collect();
         let forked = self.replica.forked().collect();
-        *self.shared.view.lock() = View { vector: self.replica.vector(), links, lags_ms, forked };
+        let missing = self.wanted.documents().collect();
+        let fetch = self.replica.fetch_status(now);
+        *self.shared.view.lock() =
+            View { vector: self.replica.vector(), links, lags_ms, forked, missing, fetch };
         self.note_acknowledgements();
+    }
+
+    /// Has it noted that a region was linked until now.
+    fn note_linked(&self, region: &RegionName) {
+        let member = self.shared.is_linked_now(region);
+        self.parts.metrics.needs_snapshot(region, false);
+        let storage = self.parts.storage.clone();
+        tokio::spawn(async move {
+            // It is said again soon, unless it is not so any more.
+            if let Err(error) = storage.note_member(&member).await {
+                tracing::warn!(region = %member.region, %error, "link not noted");
+            }
+        });
     }
 
     fn note_acknowledgements(&mut self) {

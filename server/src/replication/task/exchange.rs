@@ -75,8 +75,14 @@ impl Exchange {
         }
     }
 
+    /// A number for a question that is not a search's.
+    pub(super) fn new_request(&mut self) -> u64 {
+        self.next_request += 1;
+        self.next_request
+    }
+
     /// Ends a search that nobody answered with the document.
-    fn give_up(&mut self, request: u64) {
+    pub(super) fn give_up(&mut self, request: u64) {
         if let Some(search) = self.searches.get(&request) {
             let outcome = search.outcome();
             self.settle(request, &outcome);
@@ -218,10 +224,10 @@ impl Task {
 
     fn answer_request(&self, link: LinkId, request: u64, document: DocumentId) {
         let Some(up) = self.links.get(&link) else { return };
-        let groups = up.peer.groups.clone();
+        let audience = up.audience.clone();
         let parts = self.parts.clone();
         self.spawn(async move {
-            let contents = snapshot::contents(&parts, &document, &groups).await;
+            let contents = snapshot::contents(&parts, &document, &audience).await;
             Event::Reply { link, frame: LinkFrame::DocumentAnswer { request, contents } }
         });
     }
@@ -232,6 +238,9 @@ impl Task {
         request: u64,
         contents: Option<isobar_protocol::link::DocumentContents>,
     ) {
+        if self.wanted.is_asked(link, request) {
+            return self.wanted_answered(link, request, contents);
+        }
         let Some(search) = self.exchange.searches.get(&request) else { return };
         if search.fetching != Some(link) {
             return;
@@ -245,10 +254,9 @@ impl Task {
             return self.exchange.give_up(request);
         };
         let parts = self.parts.clone();
-        self.spawn(async move {
-            snapshot::store_page(&parts, vec![contents]).await;
-            Event::Fetched { request }
-        });
+        self.spawn(
+            async move { Event::Fetched { request, stored: snapshot::store(&parts, contents).await } },
+        );
     }
 
     /// Tells the other regions what sessions have opened, and what none has open any more.

@@ -102,9 +102,14 @@ pub async fn metric(admin: SocketAddr, name: &str) -> f64 {
 
 /// Asks for a page.
 pub async fn get(address: SocketAddr, path: &str) -> (u16, String) {
+    ask(address, "GET", path).await
+}
+
+/// Sends an HTTP request without a body.
+pub async fn ask(address: SocketAddr, method: &str, path: &str) -> (u16, String) {
     in_time("an HTTP answer", async {
         let mut stream = TcpStream::connect(address).await.unwrap();
-        let request = format!("GET {path} HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n");
+        let request = format!("{method} {path} HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n");
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.unwrap();
