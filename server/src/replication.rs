@@ -15,7 +15,7 @@
 //! # Bounds
 //!
 //! The queue of events is bounded; a link's socket is not read while it is full. What waits to be sent is bounded by the
-//! replica's windows ([`outgoing`]). A run that is being stored counts against the committer's budget.
+//! replica's windows ([`outgoing`]), and what is done for a peer that asks by `task`'s `answers`. A run that is being stored counts against the committer's budget.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::num::NonZeroU64;
@@ -111,11 +111,6 @@ enum Event {
         document: DocumentId,
         group: PlacementGroup,
         found: oneshot::Sender<SearchOutcome>,
-    },
-    /// Something that was asked for another region's sake is done.
-    Reply {
-        link: LinkId,
-        frame: LinkFrame,
     },
     /// Contents that a search fetched are stored.
     Fetched {

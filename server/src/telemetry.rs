@@ -105,6 +105,9 @@ pub struct Metrics {
     pub link_bytes_before_compression: Counter,
     pub link_bytes_received: Counter,
     pub link_frames_waiting: Gauge,
+    pub link_bytes_waiting: Gauge,
+    pub link_answers_waiting: Gauge,
+    pub link_answers_refused: Counter,
     pub origins_forked: Counter,
     pub documents_missing: Gauge,
     pub snapshot_documents: Counter,
@@ -298,6 +301,12 @@ registered! {
         "The same before compression.";
     link_bytes_received: counter = "isobar_link_bytes_received_total", "Bytes received from other regions, compressed.";
     link_frames_waiting: gauge = "isobar_link_frames_waiting", "Frames that wait to be sent to other regions.";
+    link_bytes_waiting: gauge = "isobar_link_bytes_waiting",
+        "Bytes of whole documents and of entries that catch up which wait to be sent to other regions.";
+    link_answers_waiting: gauge = "isobar_link_answers_waiting",
+        "Questions of other regions that are being answered or wait for it.";
+    link_answers_refused: counter = "isobar_link_answers_refused_total",
+        "Questions of other regions that were beyond what is answered at a time.";
     origins_forked: counter = "isobar_origins_forked_total", "Origins given up because two logs exist under their name.";
     documents_missing: gauge = "isobar_documents_missing",
         "Documents that lack some of what the vector claims: a snapshot lacked them.";

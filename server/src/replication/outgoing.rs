@@ -7,8 +7,8 @@
 //!
 //! A frame that is long is cut into parts when it is queued, if the peer takes parts, so that nothing waits for all of it.
 //!
-//! Entries are bounded by the link's window, answers by the peer's questions, and the rest is small and rare; presence is
-//! lossy and has a short queue of its own, out of which the oldest falls first.
+//! Entries are bounded by the link's window, and the rest is small and rare; presence is lossy and has a short queue of its own,
+//! out of which the oldest falls first. Whole documents are bounded by who reads them: it waits for room ([`Outgoing::until_room`]).
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -25,6 +25,10 @@ use super::parts;
 
 /// Presence frames that wait on one link at most.
 const PRESENCE_MAX: usize = 1_024;
+
+/// Bytes of whole documents and entries that catch up which wait on one link, beyond which no more documents are read for it.
+/// As much as the window of entries; what was read at last may go beyond.
+pub(super) const BULK_BYTES_MAX: usize = 4 << 20;
 
 /// What a small frame is taken to weigh, in bytes.
 const SMALL_BYTES: usize = 64;
@@ -43,6 +47,7 @@ struct Waiting {
     live: VecDeque<LinkFrame>,
     presence: VecDeque<LinkFrame>,
     bulk: VecDeque<Bulk>,
+    bulk_bytes: usize,
     /// How many frames of each origin are in `bulk`.
     in_bulk: HashMap<OriginId, usize>,
     /// Bytes that went before `bulk` and gave it no turn yet.
@@ -103,6 +108,7 @@ impl Waiting {
 
     fn push_bulk(&mut self, frame: LinkFrame, origin: Option<OriginId>) {
         origin.into_iter().for_each(|origin| *self.in_bulk.entry(origin).or_default() += 1);
+        self.bulk_bytes += weight(&frame);
         self.bulk.push_back(Bulk { frame, origin });
     }
 
@@ -126,6 +132,7 @@ impl Waiting {
     fn next_of_bulk(&mut self) -> Option<LinkFrame> {
         let Bulk { frame, origin } = self.bulk.pop_front()?;
         self.owed_bytes = self.owed_bytes.saturating_sub(weight(&frame));
+        self.bulk_bytes = self.bulk_bytes.saturating_sub(weight(&frame));
         if self.bulk.is_empty() {
             self.owed_bytes = 0;
         }
@@ -150,6 +157,8 @@ impl Waiting {
 pub(super) struct Outgoing {
     waiting: Mutex<Waiting>,
     news: Notify,
+    /// Told when documents may be read again.
+    room: Notify,
     closed: CancellationToken,
     /// Whether long frames are cut.
     cuts: bool,
@@ -229,6 +238,9 @@ impl Outgoing {
                     }
                 }
                 if taken {
+                    if waiting.bulk_bytes < BULK_BYTES_MAX {
+                        self.room.notify_waiters();
+                    }
                     return Some(held_since.map_or(Duration::ZERO, |since| now - since));
                 }
                 if self.closed.is_cancelled() {
@@ -247,6 +259,25 @@ impl Outgoing {
                 _ => self.news.notified().await,
             }
         }
+    }
+
+    /// Resolves when a whole document may be read for the link, or the link has ended.
+    pub(super) async fn until_room(&self) {
+        loop {
+            let room = self.room.notified();
+            if self.bulk_bytes() < BULK_BYTES_MAX {
+                return;
+            }
+            tokio::select! {
+                () = room => {}
+                () = self.closed() => return,
+            }
+        }
+    }
+
+    /// Bytes of whole documents and entries that catch up.
+    pub(super) fn bulk_bytes(&self) -> usize {
+        self.waiting.lock().bulk_bytes
     }
 
     pub(super) fn len(&self) -> usize {

@@ -17,11 +17,13 @@ use super::{Event, Parts, SearchOutcome, Shared, View};
 use crate::commit::OwnProgress;
 use crate::storage::Acknowledgement;
 
+mod answers;
 mod effects;
 mod exchange;
 mod missing;
 mod receipts;
 
+use answers::Answers;
 use exchange::Exchange;
 use missing::Wanted;
 
@@ -39,6 +41,7 @@ struct Up {
     outgoing: Arc<Outgoing>,
     /// For whom documents are read that the peer asks for.
     audience: Audience,
+    answers: Answers,
 }
 
 /// The task. See the module.
@@ -165,7 +168,6 @@ impl Task {
                 self.want(missing);
             }
             Event::Search { document, group, found } => self.search(document, group, found),
-            Event::Reply { link, frame } => self.send(link, frame),
             Event::Fetched { request, stored: true } => {
                 self.exchange.settle(request, &SearchOutcome::Found);
             }
@@ -202,7 +204,8 @@ impl Task {
         let takes_parts = peer.features.contains(FEATURE_PARTS);
         let contents_bytes_max = self.parts.frame_limits.contents_bytes_max(takes_parts);
         let audience = Audience { groups: peer.groups.clone(), contents_bytes_max };
-        self.links.insert(link, Up { peer, dialled_by_first, outgoing, audience });
+        let answers = Answers::new(outgoing.clone());
+        self.links.insert(link, Up { peer, dialled_by_first, outgoing, audience, answers });
         let groups = self.links[&link].peer.groups.clone();
         self.receipts.link_opened(self.now(), link, groups, &self.replica);
         self.perform_receipts();
@@ -223,6 +226,7 @@ impl Task {
     fn closed(&mut self, link: LinkId) {
         let Some(up) = self.links.remove(&link) else { return };
         up.outgoing.close();
+        up.answers.close();
         self.parts.receipts.forget(&up.peer.region);
         let mut linked = self.shared.linked.lock();
         if linked.get(&up.peer.region) == Some(&link) {
@@ -268,6 +272,10 @@ impl Task {
         let links: Vec<LinkStatus> = self.replica.links().collect();
         let waiting: usize = self.links.values().map(|up| up.outgoing.len()).sum();
         self.parts.metrics.link_frames_waiting.set(waiting as f64);
+        let answers: usize = self.links.values().map(|up| up.answers.under_way()).sum();
+        self.parts.metrics.link_answers_waiting.set(answers as f64);
+        let bulk_bytes: usize = self.links.values().map(|up| up.outgoing.bulk_bytes()).sum();
+        self.parts.metrics.link_bytes_waiting.set(bulk_bytes as f64);
         for status in &links {
             self.parts.metrics.link(status, lag_ms(now, status));
         }

@@ -37,8 +37,9 @@ impl Task {
             Effect::ReadPage { link, after, groups } => {
                 let Some(up) = self.links.get(&link) else { return };
                 let audience = Audience { groups, ..up.audience.clone() };
-                let parts = self.parts.clone();
+                let (parts, outgoing) = (self.parts.clone(), up.outgoing.clone());
                 self.spawn(async move {
+                    outgoing.until_room().await;
                     let page = snapshot::read_page(&parts, after, &audience).await;
                     Event::PageRead { link, page }
                 });

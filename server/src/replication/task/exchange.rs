@@ -183,7 +183,8 @@ impl Task {
         let Some(up) = self.links.get(&link) else { return };
         let groups = up.peer.groups.clone();
         let (parts, shared) = (self.parts.clone(), self.shared.clone());
-        self.spawn(async move {
+        let refusal = LinkFrame::Found { request, standing: Standing::Absent };
+        let has_place = up.answers.answer(refusal, async move {
             let standing = match snapshot::standing(&parts, &document, &groups).await {
                 snapshot::Found::Standing(standing) => standing,
                 snapshot::Found::Outside(group) => {
@@ -194,8 +195,9 @@ impl Task {
                     Standing::Elsewhere { urls: urls.take(ELSEWHERE_URLS_MAX).collect() }
                 }
             };
-            Event::Reply { link, frame: LinkFrame::Found { request, standing } }
+            LinkFrame::Found { request, standing }
         });
+        self.parts.metrics.link_answers_refused.increment(u64::from(!has_place));
     }
 
     fn found(&mut self, link: LinkId, request: u64, standing: Standing) {
@@ -226,10 +228,12 @@ impl Task {
         let Some(up) = self.links.get(&link) else { return };
         let audience = up.audience.clone();
         let parts = self.parts.clone();
-        self.spawn(async move {
+        let refusal = LinkFrame::DocumentAnswer { request, contents: None };
+        let has_place = up.answers.answer_document(refusal, async move {
             let contents = snapshot::contents(&parts, &document, &audience).await;
-            Event::Reply { link, frame: LinkFrame::DocumentAnswer { request, contents } }
+            LinkFrame::DocumentAnswer { request, contents }
         });
+        self.parts.metrics.link_answers_refused.increment(u64::from(!has_place));
     }
 
     fn fetched(
