@@ -176,13 +176,22 @@ pub struct Parts {
     pub siblings: watch::Receiver<Vec<Progress>>,
 }
 
+/// What a peer lacks of what this node has written since it started.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Lag {
+    /// How long it has lacked the oldest entry that it lacks.
+    pub ms: u64,
+    /// Bytes of all that it lacks.
+    pub bytes: u64,
+}
+
 /// How far the regions are, for operators and for truncation.
 #[derive(Debug, Clone, Default)]
 pub struct View {
     pub vector: Vec<Progress>,
     pub links: Vec<LinkStatus>,
-    /// For each of the links, how long the peer has lacked the oldest entry of this node's own that it lacks.
-    pub lags_ms: Vec<u64>,
+    /// For each of the links.
+    pub lags: Vec<Lag>,
     /// Origins of which two logs exist.
     pub forked: Vec<OriginId>,
     /// Documents that lack some of what the vector claims, because a snapshot lacked them.

@@ -11,6 +11,8 @@ use isobar_protocol::replica::LinkStatus;
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 
+use crate::replication::Lag;
+
 /// How log lines look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
@@ -159,14 +161,15 @@ impl Metrics {
         });
     }
 
-    /// Reports a link to another region, and how long its peer has lacked the oldest own entry that it lacks.
-    pub fn link(&self, status: &LinkStatus, lag_ms: u64) {
+    /// Reports a link to another region, and what its peer lacks.
+    pub fn link(&self, status: &LinkStatus, lag: Lag) {
         let region = status.region.as_str().to_owned();
         metrics::with_local_recorder(&self.recorder, || {
             let set = |name: &'static str, value: f64| gauge!(name, "region" => region.clone()).set(value);
             set("isobar_link_behind_changes", status.behind as f64);
             set("isobar_link_ahead_changes", status.ahead as f64);
-            set("isobar_link_lag_seconds", lag_ms as f64 / 1_000.0);
+            set("isobar_link_lag_seconds", lag.ms as f64 / 1_000.0);
+            set("isobar_link_lag_bytes", lag.bytes as f64);
             set("isobar_link_in_flight_bytes", status.in_flight_bytes as f64);
             set("isobar_link_routes", status.routes as f64);
             set("isobar_link_fetches_snapshot", f64::from(u8::from(status.fetches_snapshot)));

@@ -15,7 +15,7 @@ use isobar_protocol::replica::{FetchStatus, LinkStatus};
 use serde::Serialize;
 
 use super::Shared;
-use crate::replication::{ForgetError, Replication};
+use crate::replication::{ForgetError, Lag, Replication};
 use crate::storage::Member;
 
 pub(super) fn routes() -> Router<Shared> {
@@ -92,6 +92,8 @@ struct LinkView {
     /// For how long the oldest entry that was accepted here and not announced by the region has been stored here; 0 if
     /// the region has them all.
     lag_ms: u64,
+    /// Bytes of log entries that were accepted here since the node started and not announced by the region.
+    lag_bytes: u64,
     in_flight_bytes: usize,
     /// Origins that are taken from this region.
     routes: usize,
@@ -112,12 +114,13 @@ struct SnapshotView {
     running_ms: u64,
 }
 
-fn link_view(link: &LinkStatus, lag_ms: u64, fetch: Option<&FetchStatus>) -> LinkView {
+fn link_view(link: &LinkStatus, lag: Lag, fetch: Option<&FetchStatus>) -> LinkView {
     LinkView {
         round_trip_ms: link.round_trip_ms,
         behind_changes: link.behind,
         ahead_changes: link.ahead,
-        lag_ms,
+        lag_ms: lag.ms,
+        lag_bytes: lag.bytes,
         in_flight_bytes: link.in_flight_bytes,
         routes: link.routes,
         fetches_snapshot: link.fetches_snapshot,
@@ -146,9 +149,9 @@ fn peer_views(replication: &Replication) -> BTreeMap<RegionName, PeerView> {
     let members = replication.members().into_iter();
     let mut peers: BTreeMap<_, _> = members.map(|it| (it.region.clone(), absent(it))).collect();
     let view = replication.view();
-    for (link, lag_ms) in view.links.iter().zip(view.lags_ms) {
+    for (link, lag) in view.links.iter().zip(view.lags) {
         let linked_at_ms = peers.get(&link.region).and_then(|it| it.linked_at_ms);
-        let link_view = link_view(link, lag_ms, view.fetch.as_ref());
+        let link_view = link_view(link, lag, view.fetch.as_ref());
         let region = link.region.to_string();
         let peer = PeerView { region, up: true, linked_at_ms, needs_snapshot: false, link: Some(link_view) };
         peers.insert(link.region.clone(), peer);

@@ -13,18 +13,20 @@ use tokio::sync::{mpsc, oneshot};
 use super::members::NOTE_EVERY;
 use super::outgoing::Outgoing;
 use super::snapshot::Audience;
-use super::{Event, Parts, SearchOutcome, Shared, View};
+use super::{Event, Lag, Parts, SearchOutcome, Shared, View};
 use crate::commit::OwnProgress;
 use crate::storage::Acknowledgement;
 
 mod answers;
 mod effects;
 mod exchange;
+mod log_bytes;
 mod missing;
 mod receipts;
 
 use answers::Answers;
 use exchange::Exchange;
+use log_bytes::LogBytes;
 use missing::Wanted;
 
 /// How often the replica is told that time has passed.
@@ -54,6 +56,7 @@ pub(super) struct Task {
     exchange: Exchange,
     /// What a snapshot lacked.
     wanted: Wanted,
+    log_bytes: LogBytes,
     receipts: Receipts,
     /// Ends when the last run of an origin has taken its place in the queue to the log.
     last_placed: HashMap<OriginId, oneshot::Receiver<()>>,
@@ -79,6 +82,7 @@ impl Task {
             links: HashMap::new(),
             exchange: Exchange::default(),
             wanted: Wanted::default(),
+            log_bytes: LogBytes::default(),
             receipts: Receipts::default(),
             last_placed: HashMap::new(),
             unnoted: HashMap::new(),
@@ -123,7 +127,8 @@ impl Task {
                     let own = progress.borrow_and_update().clone();
                     let region = self.replica.region().clone();
                     own.into_iter().for_each(|own| {
-                        let OwnProgress { origin, group, seq, chain } = own;
+                        self.log_bytes.note(&own);
+                        let OwnProgress { origin, group, seq, chain, .. } = own;
                         let progress = Progress { origin, region: region.clone(), group, seq, chain };
                         self.replica.own_appended(now, progress);
                     });
@@ -277,19 +282,29 @@ impl Task {
         let bulk_bytes: usize = self.links.values().map(|up| up.outgoing.bulk_bytes()).sum();
         self.parts.metrics.link_bytes_waiting.set(bulk_bytes as f64);
         for status in &links {
-            self.parts.metrics.link(status, lag_ms(now, status));
+            self.parts.metrics.link(status, self.lag(now, status));
         }
         if self.members_noted.elapsed() >= NOTE_EVERY {
             self.members_noted = Instant::now();
             links.iter().for_each(|status| self.note_linked(&status.region));
         }
-        let lags_ms = links.iter().map(|status| lag_ms(now, status)).collect();
+        let lags = links.iter().map(|status| self.lag(now, status)).collect();
         let forked = self.replica.forked().collect();
         let missing = self.wanted.documents().collect();
         let fetch = self.replica.fetch_status(now);
         *self.shared.view.lock() =
-            View { vector: self.replica.vector(), links, lags_ms, forked, missing, fetch };
+            View { vector: self.replica.vector(), links, lags, forked, missing, fetch };
         self.note_acknowledgements();
+    }
+
+    fn lag(&self, now: Moment, status: &LinkStatus) -> Lag {
+        let acknowledged = self.shared.acknowledged.lock();
+        let has = |origin| acknowledged.get(&(status.region.clone(), origin)).copied().unwrap_or(Seq(0));
+        let groups = self.links.get(&status.link).map(|up| &up.peer.groups);
+        Lag {
+            ms: status.unacknowledged_since.map_or(0, |since| now.0.saturating_sub(since.0)),
+            bytes: groups.map_or(0, |groups| self.log_bytes.lacking(groups, has)),
+        }
     }
 
     /// Has it noted that a region was linked until now.
@@ -320,9 +335,4 @@ impl Task {
             }
         });
     }
-}
-
-/// How long a peer has lacked the oldest entry of this node's own that it lacks.
-fn lag_ms(now: Moment, status: &LinkStatus) -> u64 {
-    status.unacknowledged_since.map_or(0, |since| now.0.saturating_sub(since.0))
 }
