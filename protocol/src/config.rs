@@ -156,7 +156,7 @@ pub const CLUSTER_KEY_BYTES_MIN: usize = 32;
 /// Most placement groups that one region holds.
 pub const REGION_GROUPS_MAX: usize = 256;
 
-/// Most features that a node may announce to another region. There is one yet.
+/// Most features that a node may announce to another region. Today there is one.
 pub const LINK_FEATURES_MAX: usize = 64;
 
 /// Longest name of a feature in bytes.
