@@ -188,9 +188,7 @@ impl App {
             reason = failed(self.node.replication.as_ref()) => {
                 anyhow::bail!("{reason}; started again, the node takes a new log and fetches what it lost")
             }
-            () = self.siblings.lost() => {
-                anyhow::bail!("another node has this node's seat: it was out of touch with the database for too long")
-            }
+            reason = self.siblings.failed() => anyhow::bail!("{reason}"),
             error = panicked(&mut self.upkeep) => {
                 Err(error).context("a task of the node has panicked; without it what is served would grow old")
             }

@@ -5,7 +5,7 @@
 //!
 //! # Contract
 //!
-//! Each implementation passes one suite (`server/tests/storage.rs`), whose tests are named after these clauses.
+//! Each implementation passes one suite (`server/tests/storage`), whose tests are named after these clauses.
 //!
 //! 1. **Atomic append.** [`Storage::append`] stores the whole batch — documents, changes, tombstones, runs of log
 //!    entries and the origins' counters — or nothing. When it returns `Ok` the batch survives a crash of the process,
