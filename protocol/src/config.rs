@@ -186,6 +186,12 @@ pub const INTEREST_LINGER_MS: u64 = 30_000;
 /// every session that looks at the document, and it is not what a document's data is for.
 pub const PRESENCE_DATA_BYTES_MAX: usize = 64 << 10;
 
+/// Most nodes of a region that a notice to its siblings names. A database has seats for as many.
+pub const NOTICE_NODES_MAX: usize = 64;
+
+/// Most regions that a notice to siblings names: the addresses of tens fit into one.
+pub const NOTICE_REGIONS_MAX: usize = 256;
+
 /// Longest reason in bytes that a region gives for ending a link. It is for a line of a log.
 pub const LINK_REASON_BYTES_MAX: usize = 1_024;
 
@@ -203,6 +209,9 @@ pub const SCRUB_SMALL_BUCKET_DOCUMENTS: usize = 4_096;
 /// Most documents that a scrub's answer lists, however many there are below the longest prefix. Only ids that were
 /// sought for their hashes crowd like that; with the longest ids it is a frame of 5 MiB.
 pub const SCRUB_DOCUMENTS_MAX: usize = 65_536;
+
+/// Most documents whose fingerprints one frame asks for by their ids. Each is read for it.
+pub const SCRUB_DOCUMENTS_ASKED_MAX: usize = 1_024;
 
 /// What an operator may set.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -20,6 +20,7 @@ pub mod interest;
 mod leb128;
 pub mod link;
 pub mod log;
+pub mod notice;
 pub mod presence;
 pub mod receipts;
 pub mod replica;

@@ -127,6 +127,21 @@ pub enum LinkFrame {
         request: u64,
         fingerprints: Fingerprints,
     },
+    /// Asks for the fingerprints of these documents, as they are now; the answer is a [`LinkFrame::ScrubAnswer`] that lists
+    /// those that there are.
+    FingerprintsRequest {
+        request: u64,
+        documents: Vec<DocumentId>,
+    },
+    /// Asks how far the receiver has taken in the logs of the groups that both are in, committed or not.
+    PositionsRequest {
+        request: u64,
+    },
+    /// Nothing if the sender holds what no log position stands for, because it is fetching a snapshot.
+    PositionsAnswer {
+        request: u64,
+        positions: Option<Vec<(OriginId, Seq)>>,
+    },
     /// Asks whether all of these changes of a document are durable at the receiver.
     HeadsRequest {
         request: u64,

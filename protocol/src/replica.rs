@@ -448,6 +448,21 @@ impl Replica {
         target
     }
 
+    /// [`Self::target`] of all groups that the peer of a link is in as well.
+    pub fn shared_target(&self, link: LinkId) -> Target {
+        let mut target = Target::default();
+        let Some(known) = self.links.get(&link) else { return target };
+        let shared = self.groups.intersection(&known.peer.groups);
+        shared.for_each(|group| target.raise_all(&self.target(group)));
+        target
+    }
+
+    /// Whether everything up to the target is durable here.
+    pub fn has(&self, target: &Target) -> bool {
+        let durable = |origin| self.origins.get(origin).map_or(Seq(0), |it| it.durable.0);
+        target.iter().all(|(origin, seq)| *seq <= durable(origin))
+    }
+
     /// Whether documents are being fetched whole: until that is done they hold what no log position here stands for.
     pub fn fetches_snapshot(&self) -> bool {
         self.fetch.is_some()

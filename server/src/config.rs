@@ -31,6 +31,9 @@ const PEER_LISTEN_DEFAULT: SocketAddr =
 /// Smallest limit of what is sent to a peer, in bytes a second: a frame of entries then takes four seconds at most.
 const PEER_RATE_LIMIT_MIN: u64 = 64 << 10;
 
+/// Longest time between two checks in seconds, a year: beyond it clocks cannot count.
+const SCRUB_SECONDS_MAX: u64 = 365 * 24 * 3600;
+
 /// The variable that holds the regions' shared secret.
 const CLUSTER_KEY_VARIABLE: &str = "ISOBAR_CLUSTER_KEY";
 
@@ -151,6 +154,10 @@ pub struct Settings {
     pub log_truncate_seconds: u64,
     /// How long a region that is not linked is waited for before log entries are given up.
     pub peer_silence_hours: u64,
+    /// How often this region is compared with the others; 0: on demand only.
+    pub scrub_minutes: u64,
+    /// Stored bytes that are hashed again in a second; 0: none.
+    pub verify_rate: u64,
     /// Open client connections at most. Each costs a file descriptor and about 20 KiB.
     pub connections_max: usize,
     /// Documents that one connection may have open.
@@ -328,6 +335,12 @@ impl Settings {
             silence: hours(self.peer_silence_hours),
         }
     }
+
+    /// How often regions are compared; nothing: only when somebody asks.
+    pub fn scrub_interval(&self) -> Option<Duration> {
+        let minutes = NonZeroU64::new(self.scrub_minutes)?;
+        Some(Duration::from_secs(minutes.get().saturating_mul(60).min(SCRUB_SECONDS_MAX)))
+    }
 }
 
 type Builder = ConfigBuilder<DefaultState>;
@@ -349,6 +362,8 @@ fn defaults() -> Result<Builder, config::ConfigError> {
         .set_default("log_keep_hours", 24)?
         .set_default("log_truncate_seconds", 60)?
         .set_default("peer_silence_hours", 7 * 24)?
+        .set_default("scrub_minutes", 60)?
+        .set_default("verify_rate", 1 << 20)?
         .set_default("connections_max", 50_000)?
         .set_default("connection_documents_max", 10_000)?
         .set_default("frame_bytes_max", limits.frame_bytes_max as u64)?
@@ -384,7 +399,7 @@ fn with_flags(builder: Builder, args: &ServeArgs) -> Result<Builder, config::Con
 /// The variables of our prefix that are settings. `ISOBAR_CONFIG` names the file, `ISOBAR_CLUSTER_KEY` is a secret that
 /// must not appear in messages about settings, and tests have names of their own.
 fn settings_in_environment() -> anyhow::Result<HashMap<String, String>> {
-    const NAMES: [&str; 26] = [
+    const NAMES: [&str; 28] = [
         "REGION",
         "DATABASE",
         "LISTEN",
@@ -402,6 +417,8 @@ fn settings_in_environment() -> anyhow::Result<HashMap<String, String>> {
         "PEER_TLS_KEY",
         "PEER_TLS_CA",
         "LOG_KEEP_HOURS",
+        "SCRUB_MINUTES",
+        "VERIFY_RATE",
         "CONNECTIONS_MAX",
         "CONNECTION_DOCUMENTS_MAX",
         "FRAME_BYTES_MAX",

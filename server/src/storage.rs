@@ -5,7 +5,7 @@
 //!
 //! # Contract
 //!
-//! Each implementation passes one suite (`server/tests/storage.rs`), whose tests are named after these clauses.
+//! Each implementation passes one suite (`server/tests/storage`), whose tests are named after these clauses.
 //!
 //! 1. **Atomic append.** [`Storage::append`] stores the whole batch — documents, changes, tombstones, runs of log
 //!    entries and the origins' counters — or nothing. When it returns `Ok` the batch survives a crash of the process,
@@ -19,9 +19,9 @@
 //!    [`StorageError::Fenced`] and nothing is stored. An origin that was replaced by a new one is fenced for ever.
 //! 5. **Definite.** An append that fails with [`StorageError::Transient`] may be repeated as it stands: the caller
 //!    passes the seqs it expects to write first, and a batch that did commit before the failure was reported is
-//!    recognised by the counters and the last runs, and answered as the success it was. A run of another region's origin
-//!    whose counter stands elsewhere — another node of the region was first — fails with
-//!    [`StorageError::OutOfStep`], and nothing of the batch is stored.
+//!    recognised by the counter and the last run of an own origin, and answered as the success it was. A run of another
+//!    region's origin whose counter stands elsewhere — another node of the region was first, or a batch without an own run
+//!    did commit — fails with [`StorageError::OutOfStep`], and this attempt has stored nothing of the batch.
 //! 6. **Whole documents.** [`Storage::load_document`] returns a base and a tail that belong together: never the
 //!    changes of before an [`Storage::install_base`] with the base of after it.
 //! 7. **Bases replace, then prune.** `install_base` is one transaction and fails with [`StorageError::Conflict`]
@@ -45,7 +45,11 @@
 //! 14. **One seat each.** Of the nodes that have a seat ([`Storage::take_seat`]) no two have the same slot, and at most one
 //!     keeps the links but for a moment. A seat is free again when its process is gone, without anybody waiting for a
 //!     term to run out, or when its machine has not been heard of for some seconds.
-//! 15. **Members are remembered.** [`Storage::note_member`] keeps when a region was last linked, which never goes back, until
+//! 15. **Damage stays in its row.** A row of changes that does not decode is left out of the tail, and named beside it
+//!     ([`StoredDocument::damaged_rows`]); the rest of the document is read, and nothing fails. [`Storage::mend_changes`] gives
+//!     every stored copy of a change the bytes that the caller has for it, and removes rows that do not decode; a change that is
+//!     not stored stays out.
+//! 16. **Members are remembered.** [`Storage::note_member`] keeps when a region was last linked, which never goes back, until
 //!     [`Storage::forget_member`] removes all that is known of it.
 
 mod bundle;
@@ -100,6 +104,8 @@ pub struct StoredOrigin {
     /// The last seq that is stored.
     pub seq: Seq,
     pub chain: Chain,
+    /// A node of this region has claimed it, and may be writing it.
+    pub claimed: bool,
 }
 
 /// Consecutive entries of one origin, to be appended.
@@ -227,6 +233,8 @@ pub struct StoredDocument {
     pub base: Option<StoredBase>,
     /// In no particular order: the core orders changes by their dependencies.
     pub tail: Vec<StoredChange>,
+    /// For each row that does not decode, the names of its changes as far as they can be read (clause 15).
+    pub damaged_rows: Vec<Vec<ChangeHash>>,
 }
 
 /// A document in a listing.
@@ -332,6 +340,10 @@ pub trait Storage: Send + Sync + 'static {
     /// time, so that appends are not held up, and roughly in the order in which they were appended: changes that came
     /// together are stored together, and leave at the least cost together.
     async fn prune_changes(&self, document: &DocumentId, covered: &[ChangeHash]) -> Result<(), StorageError>;
+
+    /// Replaces the bytes of stored changes by these, and removes rows that do not decode (clause 15). To be called when
+    /// everything that shall be kept of the document has been appended.
+    async fn mend_changes(&self, document: &DocumentId, good: &[StoredChange]) -> Result<(), StorageError>;
 
     /// Records that the tail holds no covered change any more, if `generation` is still the current base.
     async fn finish_prune(&self, document: &DocumentId, generation: u64) -> Result<(), StorageError>;

@@ -103,6 +103,10 @@ pub struct Metrics {
     pub keeps_links: Gauge,
     pub followed_changes: Counter,
     pub refreshes: Counter,
+    pub notices_told: Counter,
+    pub notices_heard: Counter,
+    pub notices_dropped: Counter,
+    pub notices_malformed: Counter,
     pub link_bytes_sent: Counter,
     pub link_bytes_before_compression: Counter,
     pub link_bytes_received: Counter,
@@ -115,6 +119,13 @@ pub struct Metrics {
     pub snapshot_documents: Counter,
     pub snapshot_bytes: Counter,
     pub searches: Counter,
+    pub scrub_differences: Counter,
+    pub scrub_repaired: Counter,
+    pub scrub_finished_at: Gauge,
+    pub verified_bytes: Counter,
+    pub changes_damaged: Counter,
+    pub bases_damaged: Counter,
+    pub damage_mended: Counter,
 }
 
 impl Metrics {
@@ -212,6 +223,13 @@ impl Metrics {
         });
     }
 
+    /// Counts a check with another region by what came of it.
+    pub fn scrubbed(&self, outcome: &'static str) {
+        metrics::with_local_recorder(&self.recorder, || {
+            counter!("isobar_scrubs_total", "outcome" => outcome).increment(1);
+        });
+    }
+
     pub fn materialised(&self, reason: MaterialiseReason) {
         metrics::with_local_recorder(&self.recorder, || materialised_counter(reason).increment(1));
     }
@@ -298,6 +316,12 @@ registered! {
     keeps_links: gauge = "isobar_keeps_links", "1 if this node keeps the region's links to others.";
     followed_changes: counter = "isobar_followed_changes_total", "Changes that siblings stored, offered to documents in memory.";
     refreshes: counter = "isobar_refreshes_total", "Documents in memory brought up to what siblings stored of them, read from the database.";
+    notices_told: counter = "isobar_sibling_notices_told_total", "Notices to the other nodes of the region.";
+    notices_heard: counter = "isobar_sibling_notices_heard_total", "Notices of the other nodes of the region.";
+    notices_dropped: counter = "isobar_sibling_notices_dropped_total",
+        "Notices to the other nodes of the region that were dropped: too much waited to be told.";
+    notices_malformed: counter = "isobar_sibling_notices_malformed_total",
+        "Notices of other nodes of the region that could not be read.";
     links_refused: counter = "isobar_links_refused_total", "Links refused because the other end proved nothing or the wrong thing.";
     link_bytes_sent: counter = "isobar_link_bytes_sent_total", "Bytes sent to other regions, compressed.";
     link_bytes_before_compression: counter = "isobar_link_bytes_before_compression_total",
@@ -319,4 +343,13 @@ registered! {
     log_truncations: counter = "isobar_log_truncations_total", "Times that the logs were truncated.";
     log_entries_held: gauge = "isobar_log_entries_held",
         "Log entries that are kept because a region that is waited for has not stored them.";
+    scrub_differences: counter = "isobar_scrub_differences_total",
+        "Documents found by a check to differ from another region's although nothing was on its way.";
+    scrub_repaired: counter = "isobar_scrub_repaired_total", "Documents of these that came to the same by the check.";
+    scrub_finished_at: gauge = "isobar_scrub_finished_seconds", "When the last check ended, in seconds of Unix time.";
+    verified_bytes: counter = "isobar_stored_bytes_verified_total", "Stored bytes that were hashed again.";
+    changes_damaged: counter = "isobar_stored_changes_damaged_total",
+        "Stored changes, and rows of them, whose bytes were found to be damaged.";
+    bases_damaged: counter = "isobar_stored_bases_damaged_total", "Stored bases that were found to be damaged.";
+    damage_mended: counter = "isobar_stored_damage_mended_total", "Documents with damaged bytes that were mended from another region.";
 }

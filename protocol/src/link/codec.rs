@@ -25,6 +25,9 @@
 //! Failed          18   message
 //! HeadsRequest    21   request document hash*          hashes are 32 bytes
 //! HeadsAnswer     22   request 0 | 1
+//! FingerprintsRequest 30 request document*
+//! PositionsRequest    31 request
+//! PositionsAnswer     32 request (origin seq)*?
 //! Part            40   transfer left bytes
 //! Missing         41   (document group)*
 //!
@@ -46,7 +49,7 @@
 
 mod decode;
 mod encode;
-pub(super) mod fields;
+pub(crate) mod fields;
 #[cfg(test)]
 mod tests;
 
@@ -77,6 +80,9 @@ mod kind {
     pub const FAILED: u8 = 18;
     pub const HEADS_REQUEST: u8 = 21;
     pub const HEADS_ANSWER: u8 = 22;
+    pub const FINGERPRINTS_REQUEST: u8 = 30;
+    pub const POSITIONS_REQUEST: u8 = 31;
+    pub const POSITIONS_ANSWER: u8 = 32;
     pub const PART: u8 = 40;
     pub const MISSING: u8 = 41;
 }

@@ -23,6 +23,7 @@ mod region;
 #[allow(dead_code, reason = "the other tests use more of it")]
 #[path = "../convergence/rng.rs"]
 mod rng;
+mod scrubs;
 mod settle;
 mod trace;
 mod turns;
@@ -43,7 +44,7 @@ const SEEDS: u64 = 200;
 const TRACE_LINES: usize = 120;
 
 /// What every 200 schedules must have met, so that passing means something.
-const REACHED: [&str; 18] = [
+const REACHED: [&str; 22] = [
     "acknowledged",
     "adoptions",
     "clones",
@@ -53,6 +54,7 @@ const REACHED: [&str; 18] = [
     "deleted documents",
     "joins with a copy",
     "lookings away",
+    "losses found",
     "pages",
     "pending",
     "presence",
@@ -60,6 +62,9 @@ const REACHED: [&str; 18] = [
     "replays",
     "resets",
     "rollbacks",
+    "scrubs",
+    "scrubs interrupted",
+    "scrubs that saw documents move",
     "truncated reads",
     "truncations",
 ];

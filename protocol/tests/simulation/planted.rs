@@ -137,3 +137,13 @@ fn presence_that_is_passed_on_is_noticed() {
 fn interests_that_a_new_link_is_not_told_of_are_noticed() {
     must_be_noticed(Planted::ForgetInterests, &[Invariant::Presence]);
 }
+
+#[test]
+fn a_second_look_without_waiting_is_noticed() {
+    must_be_noticed(Planted::LookWithoutWaiting, &[Invariant::Scrub]);
+}
+
+#[test]
+fn positions_noted_before_the_look_are_noticed() {
+    must_be_noticed(Planted::PlaceBeforeLooking, &[Invariant::Scrub]);
+}

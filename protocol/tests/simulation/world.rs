@@ -16,6 +16,7 @@ use crate::network::{Connection, Pair};
 use crate::plan::{Plan, Planted};
 use crate::region::{Clock, Node, Region};
 use crate::rng::Rng;
+use crate::scrubs::RunningScrub;
 use crate::trace;
 
 /// How many events may pass between two looks at everything.
@@ -73,6 +74,8 @@ pub enum Event {
     },
     Start(usize),
     Join,
+    /// A comparison goes on, or begins.
+    Scrub,
 }
 
 #[derive(Debug)]
@@ -125,6 +128,8 @@ pub struct World {
     pub tally: Tally,
     /// Counts what sessions said.
     pub said: u64,
+    pub running_scrub: Option<RunningScrub>,
+    pub scrub_turns: u64,
     links: u64,
 }
 
@@ -152,6 +157,8 @@ impl World {
             violation: None,
             tally: Tally::new(),
             said: 0,
+            running_scrub: None,
+            scrub_turns: 0,
             links: 0,
             plan,
         };
@@ -205,6 +212,7 @@ impl World {
             self.after(self.plan.turn_every_ms, Event::Turn(number));
         }
         self.after(self.plan.fault_every_ms, Event::Fault);
+        self.after(1, Event::Scrub);
     }
 
     pub fn count(&mut self, what: &'static str) {
@@ -271,7 +279,7 @@ impl World {
         {
             return self.at(self.regions[region].paused_until, event);
         }
-        if !matches!(event, Event::Tick(..) | Event::Turn(_)) {
+        if !matches!(event, Event::Tick(..) | Event::Turn(_) | Event::Scrub) {
             trace::note(|| format!("{} {event:?}", self.now));
         }
         match event {
@@ -313,6 +321,7 @@ impl World {
             Event::Heal { pair, from } => self.heal(pair, from),
             Event::Start(region) => self.start(region),
             Event::Join => self.join(),
+            Event::Scrub => self.scrub(),
         }
     }
 

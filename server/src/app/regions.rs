@@ -38,17 +38,19 @@ impl Regions {
         let own = parts.committer.progress().borrow().iter().map(|log| log.origin).collect();
         let hello = &identity.hello;
         let (replication, work) =
-            Replication::new(hello.region.clone(), hello.groups.clone(), own, parts).await?;
+            Replication::new(hello.region.clone(), hello.groups.clone(), own, parts.clone()).await?;
         let spawn = |work| tokio::spawn(cancellable(stop.clone(), work));
         let identities = Identities { node: identity, tls: tls.clone() };
         let accept = accept_links(replication.clone(), identities.clone(), metrics.clone(), listener);
         let keep = keep_links(replication.clone(), identities, metrics.clone(), settings.peers.clone());
+        let checks = replication.clone().run_checks(parts, settings.scrub_interval());
         let truncate = replication.clone().truncate_logs(storage, metrics, settings.keep());
         let tasks = vec![
             spawn(boxed(work)),
             spawn(boxed(accept)),
             spawn(boxed(keep)),
             spawn(boxed(truncate)),
+            spawn(boxed(checks)),
             spawn(boxed(tls.watch())),
         ];
         Ok(Self { replication: Some(replication), address: Some(address), tasks })

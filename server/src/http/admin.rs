@@ -9,21 +9,26 @@ use axum::Router;
 use axum::extract::{Path, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{delete, get};
+use axum::routing::{delete, get, post};
 use isobar_protocol::ids::{DocumentId, RegionName};
 use isobar_protocol::replica::{FetchStatus, LinkStatus};
 use serde::Serialize;
 
 use super::Shared;
+use crate::documents::DeleteError;
 use crate::replication::{ForgetError, Lag, Replication};
 use crate::storage::Member;
+
+mod convergence;
 
 pub(super) fn routes() -> Router<Shared> {
     Router::new()
         .route("/admin/v1/documents/{id}", delete(delete_document))
         .route("/admin/v1/peers", get(peers))
         .route("/admin/v1/peers/{region}", delete(forget_peer))
-        .route("/admin/v1/convergence", get(convergence))
+        .route("/admin/v1/convergence", get(convergence::show))
+        .route("/admin/v1/convergence/divergences", get(convergence::divergences))
+        .route("/admin/v1/convergence/checks", post(convergence::check))
 }
 
 /// An error as RFC 9457 has it.
@@ -60,6 +65,10 @@ async fn delete_document(State(shared): State<Shared>, Path(id): Path<String>) -
     let node = &shared.node;
     match node.documents.delete(&document, &node.committer).await {
         Ok(_) => StatusCode::NO_CONTENT.into_response(),
+        Err(error @ DeleteError::OutsideGroup(_)) => {
+            let title = "the document is another region's to delete";
+            problem(StatusCode::CONFLICT, "/problems/placement-group", title, error.to_string())
+        }
         Err(error) => {
             tracing::warn!(%document, %error, "document not deleted");
             let title = "the document could not be deleted at the moment";
@@ -134,7 +143,13 @@ fn link_view(link: &LinkStatus, lag: Lag, fetch: Option<&FetchStatus>) -> LinkVi
 }
 
 async fn peers(State(shared): State<Shared>) -> Response {
-    let peers = shared.node.replication.as_ref().map(peer_views).unwrap_or_default();
+    let replication = shared.node.replication.as_ref();
+    if replication.is_some_and(|it| !it.keeps_links()) {
+        let title = "another node of this region keeps its links";
+        let detail = "ask that one: isobar_keeps_links says which it is";
+        return problem(StatusCode::CONFLICT, "/problems/links-kept-elsewhere", title, detail.into());
+    }
+    let peers = replication.map(peer_views).unwrap_or_default();
     Json(peers.into_values().collect::<Vec<_>>()).into_response()
 }
 
@@ -184,73 +199,4 @@ async fn forget_peer(State(shared): State<Shared>, Path(region): Path<String>) -
             problem(StatusCode::SERVICE_UNAVAILABLE, "/problems/storage", title, "try again".into())
         }
     }
-}
-
-/// How this region stands to another.
-#[derive(Serialize)]
-#[serde(tag = "state", rename_all = "lowercase")]
-enum Standing {
-    Equal,
-    Behind {
-        changes: u64,
-    },
-    Ahead {
-        changes: u64,
-    },
-    /// Each has what the other lacks.
-    Apart {
-        behind_changes: u64,
-        ahead_changes: u64,
-    },
-    Unlinked,
-    /// It was away for so long that log entries are given up without it.
-    #[serde(rename = "needs-snapshot")]
-    NeedsSnapshot,
-}
-
-#[derive(Serialize)]
-struct Convergence {
-    region: String,
-    /// The last entry that is stored here, by origin.
-    vector: BTreeMap<String, u64>,
-    regions: BTreeMap<String, Standing>,
-    forked_origins: Vec<String>,
-    /// Documents that lack some of what the vector claims, because a snapshot lacked them; the first of them.
-    missing_documents: Vec<String>,
-}
-
-/// Missing documents that are named; the metric counts them all.
-const MISSING_NAMED_MAX: usize = 100;
-
-async fn convergence(State(shared): State<Shared>) -> Response {
-    let node = &shared.node;
-    let mut answer = Convergence {
-        region: node.settings.region.clone(),
-        vector: BTreeMap::new(),
-        regions: BTreeMap::new(),
-        forked_origins: Vec::new(),
-        missing_documents: Vec::new(),
-    };
-    if let Some(replication) = &node.replication {
-        let view = replication.view();
-        answer.vector = view.vector.iter().map(|it| (it.origin.0.to_string(), it.seq.0)).collect();
-        answer.forked_origins = view.forked.iter().map(|it| it.0.to_string()).collect();
-        let missing = view.missing.iter().take(MISSING_NAMED_MAX);
-        answer.missing_documents = missing.map(|it| it.to_string()).collect();
-        let unlinked = replication.members().into_iter().map(|it| match it.needs_snapshot {
-            true => (it.region.to_string(), Standing::NeedsSnapshot),
-            false => (it.region.to_string(), Standing::Unlinked),
-        });
-        answer.regions = unlinked.collect();
-        for link in view.links {
-            let standing = match (link.behind, link.ahead) {
-                (0, 0) => Standing::Equal,
-                (changes, 0) => Standing::Behind { changes },
-                (0, changes) => Standing::Ahead { changes },
-                (behind_changes, ahead_changes) => Standing::Apart { behind_changes, ahead_changes },
-            };
-            answer.regions.insert(link.region.to_string(), standing);
-        }
-    }
-    Json(answer).into_response()
 }

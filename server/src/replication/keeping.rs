@@ -70,6 +70,8 @@ impl Keeping {
             let (events, answers) = mpsc::channel(EVENTS_MAX);
             let mut task = Task::new(replica, self.parts.clone(), self.shared.clone(), &events);
             task.want(missing);
+            // What was observed before was for another to find out.
+            self.parts.receipts.look_anew();
             let ended = tokio::select! {
                 () = task.run(&mut self.queue, answers) => true,
                 _ = becomes(&mut keeps, false) => false,

@@ -132,12 +132,14 @@ pub(super) async fn standing(
 /// Stores what is not here yet. Returns when it is durable, however long that takes, and which documents cannot be used.
 pub(super) async fn store_page(parts: &Parts, documents: Vec<DocumentContents>) -> Vec<MissingDocument> {
     let mut unusable = Vec::new();
+    let ids: Vec<DocumentId> = documents.iter().map(|it| it.document.clone()).collect();
     for contents in documents {
         let missing = MissingDocument { document: contents.document.clone(), group: contents.group.clone() };
         if !store(parts, contents).await {
             unusable.push(missing);
         }
     }
+    parts.exchange.stored(ids);
     unusable
 }
 
@@ -183,6 +185,7 @@ pub(super) async fn adopt(parts: &Parts, origins: &[Progress], missing: &[Missin
             group: it.group.clone(),
             seq: it.seq,
             chain: it.chain,
+            claimed: false,
         })
         .collect();
     while let Err(error) = parts.storage.adopt_origins(&origins, missing).await {

@@ -1,12 +1,12 @@
 //! The task that owns the replica: turns events into its calls, and keeps what is seen from outside up to date.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use isobar_protocol::ids::{OriginId, RegionName, Seq};
+use isobar_protocol::ids::{OriginId, PlacementGroup, RegionName, Seq};
 use isobar_protocol::link::{FEATURE_PARTS, LinkFrame, Progress};
-use isobar_protocol::receipts::Receipts;
+use isobar_protocol::receipts::{Observer, Receipts, Target};
 use isobar_protocol::replica::{LinkId, LinkStatus, Moment, Peer, Replica};
 use tokio::sync::{mpsc, oneshot};
 
@@ -23,11 +23,14 @@ mod exchange;
 mod log_bytes;
 mod missing;
 mod receipts;
+pub(super) mod scrub;
+mod siblings;
 
 use answers::Answers;
 use exchange::Exchange;
 use log_bytes::LogBytes;
 use missing::Wanted;
+use siblings::Observers;
 
 /// How often the replica is told that time has passed.
 const TICK: Duration = Duration::from_millis(10);
@@ -58,6 +61,10 @@ pub(super) struct Task {
     wanted: Wanted,
     log_bytes: LogBytes,
     receipts: Receipts,
+    observers: Observers,
+    /// The last target of each group.
+    targets: BTreeMap<PlacementGroup, Target>,
+    scrubs: scrub::Scrubs,
     /// Ends when the last run of an origin has taken its place in the queue to the log.
     last_placed: HashMap<OriginId, oneshot::Receiver<()>>,
     /// Acknowledgements that are not noted in the database yet.
@@ -84,6 +91,9 @@ impl Task {
             wanted: Wanted::default(),
             log_bytes: LogBytes::default(),
             receipts: Receipts::default(),
+            observers: Observers::default(),
+            targets: BTreeMap::new(),
+            scrubs: scrub::Scrubs::default(),
             last_placed: HashMap::new(),
             unnoted: HashMap::new(),
             members_noted: Instant::now(),
@@ -150,6 +160,7 @@ impl Task {
         let links: Vec<LinkId> = self.links.keys().copied().collect();
         links.into_iter().for_each(|link| self.close(link, reason));
         self.shared.presence_wanted.store(false, std::sync::atomic::Ordering::Relaxed);
+        self.parts.exchange.regions_want(Vec::new());
         *self.shared.view.lock() = View::default();
     }
 
@@ -180,8 +191,11 @@ impl Task {
             Event::WantedStored { document, request, stored } => {
                 self.wanted_stored(&document, request, stored);
             }
-            Event::Presence(message) => self.relay_presence(&message),
-            Event::Observed { observed, left } => self.observe(observed, &left),
+            Event::Presence { group, message } => self.relay_presence(&group, &message),
+            Event::Observed { observed, left } => self.observe(Observer::HERE, observed, left, &[]),
+            Event::Told { by, notice } => self.told(by, notice),
+            Event::OriginsRead(origins) => self.origins_read(origins),
+            Event::Scrub(call) => self.scrub_call(call),
         }
     }
 
@@ -200,6 +214,7 @@ impl Task {
             }
             self.close(previous, "another link to this region took its place");
         }
+        let peer = self.in_known_groups(peer);
         tracing::info!(region = %peer.region, "region linked");
         self.parts.metrics.linked(&peer.region, true);
         self.shared.linked.lock().insert(peer.region.clone(), link);
@@ -216,7 +231,21 @@ impl Task {
         self.perform_receipts();
         self.offer_interests(link);
         self.offer_searches(link);
+        self.state_keeping();
         true
+    }
+
+    /// The peer with those of its groups that this region's settings agree on: a region that is configured wrongly shall not
+    /// be sent what all others keep from it.
+    fn in_known_groups(&self, mut peer: Peer) -> Peer {
+        let known = self.parts.groups.of(&peer.region);
+        let claimed = std::mem::replace(&mut peer.groups, known);
+        peer.groups.retain(|group| claimed.contains(group));
+        if claimed != self.parts.groups.of(&peer.region) {
+            tracing::warn!(region = %peer.region, ?claimed, agreed = ?peer.groups,
+                "placement groups are configured otherwise in that region");
+        }
+        peer
     }
 
     fn close(&mut self, link: LinkId, reason: &str) {
@@ -244,7 +273,9 @@ impl Task {
         self.exchange.link_closed(link);
         self.wanted.link_closed(link);
         self.receipts.link_closed(link);
+        self.scrubs.link_closed(link);
         self.replica.link_closed(self.now(), link);
+        self.state_keeping();
     }
 
     fn receive(&mut self, link: LinkId, frame: LinkFrame) {
@@ -253,7 +284,8 @@ impl Task {
             tracing::warn!(region = %up.peer.region, message, "region ended the link");
             return self.closed(link);
         }
-        if let Some(frame) = self.receive_exchange(link, frame) {
+        let frame = self.receive_scrub(link, frame);
+        if let Some(frame) = frame.and_then(|frame| self.receive_exchange(link, frame)) {
             let announces = matches!(frame, LinkFrame::Have { .. });
             self.replica.receive(self.now(), link, frame);
             if announces {
@@ -273,6 +305,8 @@ impl Task {
         self.refresh_interests();
         self.exchange.expire();
         self.ask_for_wanted();
+        self.look_after_siblings();
+        self.scrubs.expire();
         let now = self.now();
         let links: Vec<LinkStatus> = self.replica.links().collect();
         let waiting: usize = self.links.values().map(|up| up.outgoing.len()).sum();

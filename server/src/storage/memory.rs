@@ -213,6 +213,7 @@ impl Storage for MemoryStorage {
             group: origin.group.clone(),
             seq: origin.seq,
             chain: origin.chain,
+            claimed: origin.slot.is_some(),
         };
         Ok(self.database()?.origins.iter().map(stored).collect())
     }
@@ -226,7 +227,13 @@ impl Storage for MemoryStorage {
         let database = self.database()?;
         if let Some(tombstone) = database.tombstones.get(document) {
             let (group, state) = (tombstone.group.clone(), tombstone.state());
-            return Ok(Some(StoredDocument { group, state, base: None, tail: Vec::new() }));
+            return Ok(Some(StoredDocument {
+                group,
+                state,
+                base: None,
+                tail: Vec::new(),
+                damaged_rows: Vec::new(),
+            }));
         }
         Ok(database.documents.get(document).map(|found| StoredDocument {
             group: found.group.clone(),
@@ -242,6 +249,7 @@ impl Storage for MemoryStorage {
                 .iter()
                 .map(|(&hash, bytes)| StoredChange { hash, bytes: bytes.clone() })
                 .collect(),
+            damaged_rows: Vec::new(),
         }))
     }
 
@@ -280,6 +288,17 @@ impl Storage for MemoryStorage {
             covered.iter().for_each(|hash| {
                 row.changes.remove(hash);
             });
+        }
+        Ok(())
+    }
+
+    async fn mend_changes(&self, document: &DocumentId, good: &[StoredChange]) -> Result<(), StorageError> {
+        if let Some(row) = self.database()?.documents.get_mut(document) {
+            for change in good {
+                if let Some(bytes) = row.changes.get_mut(&change.hash) {
+                    *bytes = change.bytes.clone();
+                }
+            }
         }
         Ok(())
     }

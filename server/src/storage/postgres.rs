@@ -10,6 +10,7 @@
 mod append;
 mod connections;
 mod deletion;
+mod mend;
 mod open;
 mod origins;
 mod prune;
@@ -38,8 +39,8 @@ use super::rows::{
 };
 use super::{
     Acknowledgement, Batch, ClaimedOrigin, DocumentState, ListedDocument, Member, NewBase, RunAppend,
-    Storage, StorageError, StorageStatistics, StoredDocument, StoredOrigin, StoredRun, new_storage_id,
-    schema,
+    Storage, StorageError, StorageStatistics, StoredChange, StoredDocument, StoredOrigin, StoredRun,
+    new_storage_id, schema,
 };
 
 /// Connections for appends. An origin's appends follow each other; this allows a few origins and the writes of
@@ -260,6 +261,10 @@ impl Storage for PostgresStorage {
     async fn prune_changes(&self, document: &DocumentId, covered: &[ChangeHash]) -> Result<(), StorageError> {
         let covered: HashSet<ChangeHash> = covered.iter().copied().collect();
         prune::prune(self, document, &covered).await
+    }
+
+    async fn mend_changes(&self, document: &DocumentId, good: &[StoredChange]) -> Result<(), StorageError> {
+        mend::mend(self, document, good).await
     }
 
     async fn finish_prune(&self, document: &DocumentId, generation: u64) -> Result<(), StorageError> {

@@ -95,6 +95,7 @@ impl LoadedRow {
             state: state(present(self.state, "state")?, self.state_reason, self.deleted_at)?,
             base,
             tail: Vec::new(),
+            damaged_rows: Vec::new(),
         })
     }
 }
@@ -113,10 +114,11 @@ pub(super) fn loaded_document(rows: Vec<LoadedRow>) -> Result<Option<StoredDocum
         } else {
             let first = Seq(unsigned(present(row.first_seq, "seq")?)?);
             let changes = present(row.changes, "changes")?.into();
-            tail.push(first, &present(row.hashes, "hashes")?, &changes)?;
+            tail.push(first, &present(row.hashes, "hashes")?, &changes);
         }
     }
-    Ok(loaded.map(|document| StoredDocument { tail: tail.into_changes(), ..document }))
+    let damaged_rows = tail.take_damaged();
+    Ok(loaded.map(|document| StoredDocument { tail: tail.into_changes(), damaged_rows, ..document }))
 }
 
 /// Of [`super::schema::LIST_DOCUMENTS`].
@@ -240,6 +242,7 @@ pub(super) struct OriginRow {
     placement_group: String,
     seq: i64,
     chain: Vec<u8>,
+    claimed: bool,
 }
 
 impl OriginRow {
@@ -250,6 +253,7 @@ impl OriginRow {
             group: intact(PlacementGroup::new(&self.placement_group))?,
             seq: Seq(unsigned(self.seq)?),
             chain: chain(&self.chain)?,
+            claimed: self.claimed,
         })
     }
 }

@@ -50,6 +50,14 @@ pub(super) const REPLACE_BUNDLE: &str = "\
     UPDATE changes SET hashes = $5, changes = $6 \
     WHERE document_id = $1 AND origin = $2 AND first_seq = $3 AND hashes = $4";
 
+/// The bundles of a document, whole.
+pub(super) const READ_BUNDLES: &str =
+    "SELECT origin, first_seq, hashes, changes FROM changes WHERE document_id = $1";
+
+/// Only if the bundle is still the one that was found (`$4`).
+pub(super) const REMOVE_BUNDLE: &str =
+    "DELETE FROM changes WHERE document_id = $1 AND origin = $2 AND first_seq = $3 AND hashes = $4";
+
 pub(super) const READ_BASE_CHUNK: &str =
     "SELECT generation, chunk AS contents FROM base_contents WHERE document_id = $1";
 
@@ -147,7 +155,7 @@ pub(super) const CLAIM_ORIGIN: &str = "\
     RETURNING id, incarnation, seq, chain";
 
 pub(super) const READ_ORIGINS: &str =
-    "SELECT id, region, placement_group, seq, chain FROM origins ORDER BY id";
+    "SELECT id, region, placement_group, seq, chain, slot IS NOT NULL AS claimed FROM origins ORDER BY id";
 
 /// Raises an origin, or creates it. Whoever held it is fenced.
 pub(super) const ADOPT_ORIGIN: &str = "\

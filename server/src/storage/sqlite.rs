@@ -8,6 +8,7 @@
 
 mod append;
 mod deletion;
+mod mend;
 mod open;
 mod origins;
 mod prune;
@@ -36,8 +37,8 @@ use super::rows::{
 };
 use super::{
     Acknowledgement, Batch, ClaimedOrigin, DocumentState, ListedDocument, Member, NewBase, RunAppend,
-    Storage, StorageError, StorageStatistics, StoredDocument, StoredOrigin, StoredRun, new_storage_id,
-    schema,
+    Storage, StorageError, StorageStatistics, StoredChange, StoredDocument, StoredOrigin, StoredRun,
+    new_storage_id, schema,
 };
 
 /// A SQLite database that is open.
@@ -248,6 +249,10 @@ impl Storage for SqliteStorage {
     async fn prune_changes(&self, document: &DocumentId, covered: &[ChangeHash]) -> Result<(), StorageError> {
         let covered: HashSet<ChangeHash> = covered.iter().copied().collect();
         prune::prune(self, document, &covered).await
+    }
+
+    async fn mend_changes(&self, document: &DocumentId, good: &[StoredChange]) -> Result<(), StorageError> {
+        mend::mend(self, document, good).await
     }
 
     async fn finish_prune(&self, document: &DocumentId, generation: u64) -> Result<(), StorageError> {

@@ -17,6 +17,8 @@ mod links;
 mod pace;
 mod receipts;
 mod replication;
+mod residency;
+mod scrub;
 mod siblings;
 mod support;
 mod tls;

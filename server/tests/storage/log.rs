@@ -100,8 +100,14 @@ pub async fn clause_13_adopted_origins_go_forward_and_leave_their_logs_truncated
     let storage = database.open().await;
     let (known, unknown) = (new_origin(), new_origin());
     storage.append(&other_batch(known, 1, &[append(1, 0..4)])).await.unwrap();
-    let adopted =
-        |id, seq| StoredOrigin { id, region: elsewhere(), group: group(), seq: Seq(seq), chain: chain(seq) };
+    let adopted = |id, seq| StoredOrigin {
+        id,
+        region: elsewhere(),
+        group: group(),
+        seq: Seq(seq),
+        chain: chain(seq),
+        claimed: false,
+    };
     storage.adopt_origins(&[adopted(known, 10), adopted(unknown, 7)], &[]).await.unwrap();
     storage.adopt_origins(&[adopted(unknown, 6), adopted(known, 10)], &[]).await.unwrap();
     let mut expected = vec![adopted(known, 10), adopted(unknown, 7)];
@@ -158,8 +164,14 @@ pub async fn clause_13_what_a_snapshot_lacked_is_noted_until_it_is_found(databas
     let storage = database.open().await;
     assert_eq!(storage.missing_documents().await.unwrap(), []);
     let missing = |number| MissingDocument { document: document(number), group: group() };
-    let adopted =
-        StoredOrigin { id: new_origin(), region: elsewhere(), group: group(), seq: Seq(7), chain: chain(7) };
+    let adopted = StoredOrigin {
+        id: new_origin(),
+        region: elsewhere(),
+        group: group(),
+        seq: Seq(7),
+        chain: chain(7),
+        claimed: false,
+    };
     storage.adopt_origins(&[adopted], &[missing(2), missing(1)]).await.unwrap();
     // Also if the counters are there already.
     storage.adopt_origins(&[], &[missing(3), missing(2)]).await.unwrap();
@@ -171,7 +183,7 @@ pub async fn clause_13_what_a_snapshot_lacked_is_noted_until_it_is_found(databas
     assert_eq!(storage.missing_documents().await.unwrap(), [missing(1), missing(3)]);
 }
 
-pub async fn clause_15_members_are_remembered_until_they_are_forgotten(database: Database) {
+pub async fn clause_16_members_are_remembered_until_they_are_forgotten(database: Database) {
     let storage = database.open().await;
     assert_eq!(storage.members().await.unwrap(), []);
     let member =

@@ -11,9 +11,10 @@ use super::{
 use crate::config::{
     CLIENT_URL_BYTES_MAX, ELSEWHERE_URLS_MAX, INTEREST_DOCUMENTS_MAX, LINK_ORIGINS_MAX,
     LINK_REASON_BYTES_MAX, PEER_ID_BYTES_MAX, PRESENCE_DATA_BYTES_MAX, RECEIPT_HEADS_MAX, SCRUB_BUCKETS,
-    SCRUB_DOCUMENTS_MAX, SCRUB_PREFIX_BYTES_MAX, SNAPSHOT_MISSING_MAX, SNAPSHOT_PAGE_DOCUMENTS_MAX,
+    SCRUB_DOCUMENTS_ASKED_MAX, SCRUB_DOCUMENTS_MAX, SCRUB_PREFIX_BYTES_MAX, SNAPSHOT_MISSING_MAX,
+    SNAPSHOT_PAGE_DOCUMENTS_MAX,
 };
-use crate::ids::{ChangeHash, DocumentId, Seq};
+use crate::ids::{ChangeHash, DocumentId, OriginId, Seq};
 use crate::leb128::ReadError;
 use crate::link::{
     BaseContents, DocumentContents, Fingerprints, LinkFrame, MissingDocument, Progress, Standing,
@@ -80,6 +81,20 @@ fn read(kind: u8, fields: &mut Fields<'_>) -> Result<Option<LinkFrame>, ReadErro
         kind::SCRUB_ANSWER => {
             LinkFrame::ScrubAnswer { request: request(fields)?, fingerprints: fingerprints(fields)? }
         }
+        kind::FINGERPRINTS_REQUEST => LinkFrame::FingerprintsRequest {
+            request: request(fields)?,
+            documents: fields.list(
+                "documents",
+                DOCUMENT_BYTES_MIN,
+                SCRUB_DOCUMENTS_ASKED_MAX,
+                Fields::document,
+            )?,
+        },
+        kind::POSITIONS_REQUEST => LinkFrame::PositionsRequest { request: request(fields)? },
+        kind::POSITIONS_ANSWER => LinkFrame::PositionsAnswer {
+            request: request(fields)?,
+            positions: fields.option("positions", positions)?,
+        },
         kind::HEADS_REQUEST => LinkFrame::HeadsRequest {
             request: request(fields)?,
             document: fields.document()?,
@@ -108,6 +123,10 @@ fn seq(fields: &mut Fields<'_>) -> Result<Seq, ReadError> {
 
 fn request(fields: &mut Fields<'_>) -> Result<u64, ReadError> {
     fields.unsigned("request")
+}
+
+fn positions(fields: &mut Fields<'_>) -> Result<Vec<(OriginId, Seq)>, ReadError> {
+    fields.list("positions", 16 + 1, LINK_ORIGINS_MAX, |fields| Ok((fields.origin()?, seq(fields)?)))
 }
 
 fn truth(fields: &mut Fields<'_>) -> Result<bool, ReadError> {

@@ -6,7 +6,7 @@ use super::{
     STANDING_ABSENT, STANDING_DELETED, STANDING_ELSEWHERE, STANDING_HERE, kind,
 };
 use crate::config::LINK_REASON_BYTES_MAX;
-use crate::ids::{DocumentId, OriginId};
+use crate::ids::{DocumentId, OriginId, Seq};
 use crate::leb128::write_unsigned;
 use crate::link::{DocumentContents, Fingerprints, LinkFrame, Progress, Standing};
 
@@ -87,6 +87,15 @@ pub(super) fn encode(frame: &LinkFrame) -> Vec<u8> {
             put_number(out, kind::SCRUB_ANSWER, *request);
             put_fingerprints(out, fingerprints);
         }
+        LinkFrame::FingerprintsRequest { request, documents } => {
+            put_number(out, kind::FINGERPRINTS_REQUEST, *request);
+            put_list(out, documents, put_document);
+        }
+        LinkFrame::PositionsRequest { request } => put_number(out, kind::POSITIONS_REQUEST, *request),
+        LinkFrame::PositionsAnswer { request, positions } => {
+            put_number(out, kind::POSITIONS_ANSWER, *request);
+            put_option(out, positions.as_ref(), |out, positions| put_list(out, positions, put_position));
+        }
         LinkFrame::HeadsRequest { request, document, heads } => {
             put_number(out, kind::HEADS_REQUEST, *request);
             put_document(out, document);
@@ -147,6 +156,11 @@ fn put_origin(out: &mut Vec<u8>, kind: u8, origin: &OriginId) {
 
 fn put_document(out: &mut Vec<u8>, document: &DocumentId) {
     put_bytes(out, document.as_bytes());
+}
+
+fn put_position(out: &mut Vec<u8>, (origin, seq): &(OriginId, Seq)) {
+    out.extend_from_slice(origin.0.as_bytes());
+    write_unsigned(out, seq.0);
 }
 
 fn put_progress(out: &mut Vec<u8>, progress: &Progress) {

@@ -139,6 +139,11 @@ fn frame_beside_the_log() -> impl Strategy<Value = LinkFrame> {
             .prop_map(|(request, prefix)| LinkFrame::ScrubRequest { request, prefix }),
         (request(), fingerprints())
             .prop_map(|(request, fingerprints)| LinkFrame::ScrubAnswer { request, fingerprints }),
+        (request(), vec(document(), 0..5))
+            .prop_map(|(request, documents)| LinkFrame::FingerprintsRequest { request, documents }),
+        request().prop_map(|request| LinkFrame::PositionsRequest { request }),
+        (request(), option::of(vec((origin(), any::<u64>().prop_map(Seq)), 0..5)))
+            .prop_map(|(request, positions)| LinkFrame::PositionsAnswer { request, positions }),
         "\\PC{0,200}".prop_map(|message| LinkFrame::Failed { message }),
     ]
 }

@@ -1,5 +1,8 @@
 //! Performing what the replica decides. What takes time is done in tasks of its own, which report back as events.
 
+use std::panic::AssertUnwindSafe;
+
+use futures_util::FutureExt;
 use isobar_protocol::ids::{OriginId, Seq};
 use isobar_protocol::replica::{Effect, LinkId, LogRead, LogSlice, ReceivedRun};
 use tokio::sync::oneshot;
@@ -66,19 +69,21 @@ impl Task {
             Effect::OwnOriginLost { origin } => {
                 let reason =
                     format!("the database has lost entries of origin {} that were durable", origin.0);
-                self.shared
-                    .fatal
-                    .send_if_modified(|fatal| fatal.is_none() && fatal.replace(reason).is_none());
+                self.shared.fail(reason);
             }
         }
     }
 
-    /// Runs something beside, and takes its outcome as an event.
+    /// Runs something beside, and takes its outcome as an event. A panic is the node's end: what waits for the outcome would
+    /// wait for ever.
     pub(super) fn spawn(&self, work: impl Future<Output = Event> + Send + 'static) {
         let Some(events) = self.events.upgrade() else { return };
+        let shared = self.shared.clone();
         tokio::spawn(async move {
-            let event = work.await;
-            let _ = events.send(event).await;
+            match AssertUnwindSafe(work).catch_unwind().await {
+                Ok(event) => _ = events.send(event).await,
+                Err(_) => shared.fail("a task of the replication has panicked".to_owned()),
+            }
         });
     }
 

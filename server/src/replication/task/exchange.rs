@@ -137,12 +137,19 @@ impl Task {
     }
 
     fn receive_presence(&self, link: LinkId, message: Ephemeral) {
-        let Some(document) = self.parts.documents.resident(&message.document) else { return };
-        let interests = &self.exchange.interests;
-        if document.settled_group().is_some_and(|group| interests.is_welcome(link, &group)) {
-            let dropped = document.relay(None, &Arc::new(message)).unwrap_or(0);
+        let siblings = &self.parts.exchange;
+        let document = self.parts.documents.resident(&message.document);
+        let group = document.as_ref().and_then(|document| document.settled_group());
+        let Some(group) = group.or_else(|| siblings.group_of(&message.document)) else { return };
+        if !self.exchange.interests.is_welcome(link, &group) {
+            return;
+        }
+        let message = Arc::new(message);
+        if let Some(document) = document {
+            let Some(dropped) = document.relay(None, &message) else { return };
             self.parts.metrics.lossy_dropped.increment(dropped);
         }
+        siblings.relay_from_region(&group, &message);
     }
 
     pub(super) fn search(
@@ -263,12 +270,17 @@ impl Task {
         );
     }
 
-    /// Tells the other regions what sessions have opened, and what none has open any more.
+    /// Tells the other regions what sessions of this node and its siblings have opened, and what none has open any more; and the
+    /// siblings what other regions have.
     pub(super) fn refresh_interests(&mut self) {
-        let open = self.parts.documents.subscribed();
+        let mut open = self.parts.documents.subscribed();
+        open.extend(self.parts.exchange.open_at_siblings());
         let now = self.now();
         let news = self.exchange.interests.refresh(now, open);
         news.into_iter().for_each(|(link, frame)| self.send(link, frame));
+        let wanted: BTreeSet<&DocumentId> =
+            self.exchange.interests.wanted_by_peers().map(|(document, _)| document).collect();
+        self.parts.exchange.regions_want(wanted.into_iter().cloned().collect());
     }
 
     /// Has a new link's region take part in the searches that are under way.
@@ -301,13 +313,11 @@ impl Task {
         self.shared.presence_wanted.store(wanted, Ordering::Relaxed);
     }
 
-    pub(super) fn relay_presence(&self, message: &Ephemeral) {
-        let document = self.parts.documents.resident(&message.document);
-        let Some(group) = document.and_then(|document| document.settled_group()) else { return };
+    pub(super) fn relay_presence(&self, group: &PlacementGroup, message: &Ephemeral) {
         if message.data.len() > PRESENCE_DATA_BYTES_MAX {
             return self.parts.metrics.lossy_dropped.increment(1);
         }
-        let recipients = self.exchange.interests.recipients(&message.document, &group);
+        let recipients = self.exchange.interests.recipients(&message.document, group);
         for up in recipients.filter_map(|link| self.links.get(&link)) {
             let dropped = up.outgoing.push_presence(LinkFrame::Presence {
                 document: message.document.clone(),

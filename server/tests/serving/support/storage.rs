@@ -189,6 +189,10 @@ impl Storage for FaultyStorage {
         self.upkeep(self.inner.prune_changes(document, covered)).await
     }
 
+    async fn mend_changes(&self, document: &DocumentId, good: &[StoredChange]) -> Result<(), StorageError> {
+        self.inner.mend_changes(document, good).await
+    }
+
     async fn finish_prune(&self, document: &DocumentId, generation: u64) -> Result<(), StorageError> {
         self.upkeep(self.inner.finish_prune(document, generation)).await
     }
