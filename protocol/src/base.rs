@@ -257,6 +257,11 @@ impl BaseIndex {
         self.hashes.len() * (32 + 4 + 8 + 4 + 4 + 1) + (self.parents.len() + self.first_positions.len()) * 8
     }
 
+    /// The hashes of its changes, in the order of their positions.
+    pub fn hashes(&self) -> &[ChangeHash] {
+        &self.hashes
+    }
+
     pub fn position_of(&self, hash: &ChangeHash) -> Option<u64> {
         let found =
             self.by_hash.binary_search_by_key(hash, |position| self.hashes[*position as usize]).ok()?;

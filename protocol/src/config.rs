@@ -127,9 +127,23 @@ pub const RECEIPT_ASK_AGAIN_MS: u64 = 5_000;
 /// How often that is looked at.
 pub const RECEIPT_LOOK_EVERY_MS: u64 = 250;
 
-/// Longest frame between regions in bytes. Nearly all are below a quarter of a MiB; but a document travels in one
-/// frame, and its base may be large. As much as the largest client frame, which is how a large document is born.
+/// Longest frame between regions in bytes. Nearly all are below a quarter of a MiB; but to a peer that takes no parts a
+/// document travels in one frame. As much as the largest client frame, which is how a large document is born.
 pub const LINK_FRAME_BYTES_MAX: usize = 64 << 20;
+
+/// Longer frames are sent in parts of so many bytes to peers that take them: what is sent meanwhile passes between two.
+pub const LINK_PART_BYTES: usize = 256 << 10;
+
+/// Longest frame in bytes that is put together of parts. A document and the room for its index fit twice at the default
+/// limits; whoever puts it together holds that much for each link.
+pub const LINK_PARTED_BYTES_MAX: usize = 512 << 20;
+
+/// Frames that arrive in parts at the same time on one link: one that people wait for, and one behind it.
+pub const LINK_PARTED_FRAMES_MAX: usize = 2;
+
+/// Documents that may be missing of one snapshot. Each is asked for by its name afterwards; where more cannot be had the
+/// peer is of no use.
+pub const SNAPSHOT_MISSING_MAX: usize = 65_536;
 
 /// Longest message of the handshake between regions in bytes. It is read from strangers; what the longest names and all
 /// placement groups take fits twice.
@@ -142,7 +156,7 @@ pub const CLUSTER_KEY_BYTES_MIN: usize = 32;
 /// Most placement groups that one region holds.
 pub const REGION_GROUPS_MAX: usize = 256;
 
-/// Most features that a node may announce to another region. There is none yet.
+/// Most features that a node may announce to another region. Today there is one.
 pub const LINK_FEATURES_MAX: usize = 64;
 
 /// Longest name of a feature in bytes.
@@ -172,6 +186,12 @@ pub const INTEREST_LINGER_MS: u64 = 30_000;
 /// every session that looks at the document, and it is not what a document's data is for.
 pub const PRESENCE_DATA_BYTES_MAX: usize = 64 << 10;
 
+/// Most nodes of a region that a notice to its siblings names. A database has seats for as many.
+pub const NOTICE_NODES_MAX: usize = 64;
+
+/// Most regions that a notice to siblings names: the addresses of tens fit into one.
+pub const NOTICE_REGIONS_MAX: usize = 256;
+
 /// Longest reason in bytes that a region gives for ending a link. It is for a line of a log.
 pub const LINK_REASON_BYTES_MAX: usize = 1_024;
 
@@ -189,6 +209,9 @@ pub const SCRUB_SMALL_BUCKET_DOCUMENTS: usize = 4_096;
 /// Most documents that a scrub's answer lists, however many there are below the longest prefix. Only ids that were
 /// sought for their hashes crowd like that; with the longest ids it is a frame of 5 MiB.
 pub const SCRUB_DOCUMENTS_MAX: usize = 65_536;
+
+/// Most documents whose fingerprints one frame asks for by their ids. Each is read for it.
+pub const SCRUB_DOCUMENTS_ASKED_MAX: usize = 1_024;
 
 /// What an operator may set.
 #[derive(Debug, Clone, PartialEq, Eq)]

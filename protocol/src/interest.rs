@@ -1,4 +1,5 @@
-//! Which regions want the presence of which documents.
+//! Which regions want the presence of which documents; and which nodes of a region do, whose "links" are then the notices
+//! they tell each other.
 //!
 //! A region tells its peers of the documents that its sessions have open, and gets their presence from each of them;
 //! nobody passes on what came from another region, so it cannot go round in circles. It is wanted for a while longer
@@ -109,6 +110,14 @@ impl Interests {
     /// Whether any peer wants anything.
     pub fn is_anything_wanted(&self) -> bool {
         !self.wanted_by.is_empty()
+    }
+
+    /// All that peers want, with the groups of those who do.
+    pub fn wanted_by_peers(&self) -> impl Iterator<Item = (&DocumentId, &PlacementGroup)> {
+        self.wanted_by.iter().flat_map(|(document, links)| {
+            let groups = links.iter().filter_map(|link| self.links.get(link)).flatten();
+            groups.map(move |group| (document, group))
+        })
     }
 
     /// The links over which presence of this region's sessions in a document of this group is to be sent.

@@ -20,6 +20,7 @@ pub mod interest;
 mod leb128;
 pub mod link;
 pub mod log;
+pub mod notice;
 #[cfg(feature = "planted")]
 pub mod planted;
 #[cfg(not(feature = "planted"))]

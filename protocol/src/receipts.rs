@@ -10,8 +10,8 @@
 //! document's group has been taken in here, committed or not. Changes reach a document in three ways:
 //!
 //! 1. from a client of this node: they stand in the node's own log, durable no later than in the document;
-//! 2. with a run of another log: the target counts the run from the moment at which it was handed over to be stored, before any of
-//!    its changes is in the document;
+//! 2. with a run of another log: the target counts the run from the moment at which it was handed over to be stored, or was
+//!    found in the database where another node of the region had stored it, before any of its changes is in the document;
 //! 3. otherwise — loaded from storage, or fetched whole by a search or a snapshot. Which logs name them is not known, and these
 //!    may be ahead of everything here.
 //!
@@ -22,16 +22,28 @@
 //! ([`Baseline::NOTHING`]). Changes that are waiting for a dependency are in no heads yet and may come to be later, so
 //! heads that were taken with some waiting prove nothing beyond themselves ([`Checkpoint::is_closed`]).
 //!
+//! # Several nodes
+//!
+//! The nodes of a region that share its database have each its own order of a document's changes and its own baselines, so
+//! what one of them observes says nothing of another: all state is kept by [`Subject`]. Of a sibling's observation the same
+//! must hold: the target is read after the sibling's heads and counts the sibling's own log, and every run that brought
+//! it changes, as the database has them by then.
+//!
+//! # Links
+//!
 //! What a peer has announced or answered counts for its link only: a region that was restored from an older copy comes back
 //! on a new one, and is asked anew. Regions outside of the document's group are not looked at. A region that is down delays
 //! nobody's receipts but its own.
 //!
 //! # Bounds
 //!
-//! State is in proportion to followed documents times links; questions under way are at most [`RECEIPT_QUESTIONS_MAX`] on a link.
+//! State is in proportion to followed documents, each counted for every node that follows it, times links; questions under
+//! way are at most [`RECEIPT_QUESTIONS_MAX`] on a link.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+
+use uuid::Uuid;
 
 use crate::config::{
     RECEIPT_ANSWER_PATIENCE_MS, RECEIPT_ASK_AGAIN_MS, RECEIPT_LOOK_EVERY_MS, RECEIPT_QUESTIONS_MAX,
@@ -49,6 +61,11 @@ impl Target {
     pub fn raise(&mut self, origin: OriginId, seq: Seq) {
         let known = self.0.entry(origin).or_insert(seq);
         *known = seq.max(*known);
+    }
+
+    /// Raises every log's position to the other target's.
+    pub fn raise_all(&mut self, other: &Self) {
+        other.iter().for_each(|(origin, seq)| self.raise(*origin, *seq));
     }
 
     pub fn iter(&self) -> impl Iterator<Item = (&OriginId, &Seq)> {
@@ -71,6 +88,29 @@ impl Baseline {
     pub const NOTHING: Self = Self(0);
 }
 
+/// A node of this region that has documents observed for its clients.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Observer(pub Uuid);
+
+impl Observer {
+    /// The node that keeps the links itself.
+    pub const HERE: Self = Self(Uuid::nil());
+}
+
+/// A document, as one node of this region has it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Subject {
+    pub document: DocumentId,
+    pub observer: Observer,
+}
+
+impl Subject {
+    /// A document at the node that keeps the links.
+    pub fn here(document: DocumentId) -> Self {
+        Self { document, observer: Observer::HERE }
+    }
+}
+
 /// What a document holds at one moment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Checkpoint {
@@ -89,7 +129,7 @@ pub enum Effect {
     /// Ask the peer whether all of these heads are durable there; the answer goes to [`Receipts::answered`].
     Ask { link: LinkId, request: u64, document: DocumentId, heads: Vec<ChangeHash> },
     /// The peer of this link has the document up to these heads.
-    Reached { link: LinkId, document: DocumentId, heads: Vec<ChangeHash> },
+    Reached { link: LinkId, subject: Subject, heads: Vec<ChangeHash> },
 }
 
 /// A followed document.
@@ -146,7 +186,7 @@ enum Question {
 
 #[derive(Debug)]
 struct Asked {
-    document: DocumentId,
+    subject: Subject,
     asked: Numbered,
     until: Moment,
 }
@@ -154,19 +194,19 @@ struct Asked {
 #[derive(Debug)]
 struct Link {
     groups: BTreeSet<PlacementGroup>,
-    standings: BTreeMap<DocumentId, Standing>,
+    standings: BTreeMap<Subject, Standing>,
     /// By the number of what is awaited, so that the first is the one whose target is nearest.
-    waiting: BTreeMap<PlacementGroup, BTreeSet<(u64, DocumentId)>>,
+    waiting: BTreeMap<PlacementGroup, BTreeSet<(u64, Subject)>>,
     /// The peer's logs are far enough and it denied what was asked: only time tells.
-    denied: BTreeSet<DocumentId>,
-    to_ask: BTreeSet<DocumentId>,
+    denied: BTreeSet<Subject>,
+    to_ask: BTreeSet<Subject>,
     asked: BTreeMap<u64, Asked>,
 }
 
 /// See the module.
 #[derive(Debug, Default)]
 pub struct Receipts {
-    followed: BTreeMap<DocumentId, Followed>,
+    followed: BTreeMap<Subject, Followed>,
     links: BTreeMap<LinkId, Link>,
     last_number: u64,
     last_request: u64,
@@ -197,8 +237,8 @@ impl Receipts {
             asked: BTreeMap::new(),
         };
         self.links.insert(link, opened);
-        let documents: Vec<DocumentId> = self.followed.keys().cloned().collect();
-        documents.iter().for_each(|document| self.consider(now, link, document, announced));
+        let subjects: Vec<Subject> = self.followed.keys().cloned().collect();
+        subjects.iter().for_each(|subject| self.consider(now, link, subject, announced));
         self.ask(now, link);
     }
 
@@ -212,37 +252,37 @@ impl Receipts {
     pub fn observe(
         &mut self,
         now: Moment,
-        document: DocumentId,
+        subject: Subject,
         group: PlacementGroup,
         checkpoint: Checkpoint,
         announced: &impl Announced,
     ) {
-        let is_known = self.followed.get(&document).is_some_and(|followed| {
+        let is_known = self.followed.get(&subject).is_some_and(|followed| {
             let Checkpoint { baseline, heads, is_closed, .. } = &*followed.latest;
             (baseline, heads, is_closed) == (&checkpoint.baseline, &checkpoint.heads, &checkpoint.is_closed)
         });
         if !is_known {
             self.last_number += 1;
             let latest = Arc::new(checkpoint);
-            self.followed.insert(document.clone(), Followed { group, number: self.last_number, latest });
+            self.followed.insert(subject.clone(), Followed { group, number: self.last_number, latest });
         }
         let links: Vec<LinkId> = self.links.keys().copied().collect();
         for link in links {
-            self.consider(now, link, &document, announced);
+            self.consider(now, link, &subject, announced);
             self.ask(now, link);
         }
     }
 
     /// Nobody wants receipts of a document any more.
-    pub fn forget(&mut self, document: &DocumentId) {
-        let Some(followed) = self.followed.remove(document) else { return };
+    pub fn forget(&mut self, subject: &Subject) {
+        let Some(followed) = self.followed.remove(subject) else { return };
         for link in self.links.values_mut() {
-            let Some(standing) = link.standings.remove(document) else { continue };
-            link.to_ask.remove(document);
-            link.denied.remove(document);
+            let Some(standing) = link.standings.remove(subject) else { continue };
+            link.to_ask.remove(subject);
+            link.denied.remove(subject);
             if let (Some(awaited), Some(waiting)) = (standing.awaited, link.waiting.get_mut(&followed.group))
             {
-                waiting.remove(&(awaited.number, document.clone()));
+                waiting.remove(&(awaited.number, subject.clone()));
             }
         }
     }
@@ -252,14 +292,14 @@ impl Receipts {
         let Some(known) = self.links.get(&link) else { return };
         let groups: Vec<PlacementGroup> = known.waiting.keys().cloned().collect();
         for group in groups {
-            while let Some((document, awaited)) = self.next_covered(link, &group, announced) {
-                let standing = self.standing(link, &document);
+            while let Some((subject, awaited)) = self.next_covered(link, &group, announced) {
+                let standing = self.standing(link, &subject);
                 if standing.confirmed == Some(awaited.checkpoint.baseline) || is_bare(&awaited.checkpoint) {
-                    self.reach(link, &document, &awaited);
+                    self.reach(link, &subject, &awaited);
                 }
                 // What was denied may be there by now.
-                self.standing(link, &document).denied = false;
-                self.consider(now, link, &document, announced);
+                self.standing(link, &subject).denied = false;
+                self.consider(now, link, &subject, announced);
             }
         }
         self.ask(now, link);
@@ -271,14 +311,21 @@ impl Receipts {
         link: LinkId,
         group: &PlacementGroup,
         announced: &impl Announced,
-    ) -> Option<(DocumentId, Numbered)> {
+    ) -> Option<(Subject, Numbered)> {
         let known = self.links.get_mut(&link)?;
         let waiting = known.waiting.get_mut(group)?;
-        let (_, document) = waiting.first()?;
-        let standing = known.standings.get_mut(document)?;
+        let (_, subject) = waiting.first()?;
+        let standing = known.standings.get_mut(subject)?;
         let awaited = standing.awaited.take_if(|it| announced.covers(link, &it.checkpoint.target))?;
-        let (_, document) = waiting.pop_first()?;
-        Some((document, awaited))
+        let (_, subject) = waiting.pop_first()?;
+        Some((subject, awaited))
+    }
+
+    /// A node does not observe anything any more.
+    pub fn forget_observer(&mut self, observer: Observer) {
+        let all = self.followed.keys().filter(|subject| subject.observer == observer);
+        let all: Vec<Subject> = all.cloned().collect();
+        all.iter().for_each(|subject| self.forget(subject));
     }
 
     /// The peer's answer to a question.
@@ -291,9 +338,9 @@ impl Receipts {
         announced: &impl Announced,
     ) {
         let Some(known) = self.links.get_mut(&link) else { return };
-        let Some(Asked { document, asked, .. }) = known.asked.remove(&request) else { return };
+        let Some(Asked { subject, asked, .. }) = known.asked.remove(&request) else { return };
         // The document may have been given up, and even taken up again, since.
-        if let Some(standing) = known.standings.get_mut(&document) {
+        if let Some(standing) = known.standings.get_mut(&subject) {
             standing.question = Question::None;
             standing.denied = !has;
             standing.ask_again_at = Moment(now.0 + RECEIPT_ASK_AGAIN_MS);
@@ -301,9 +348,9 @@ impl Receipts {
                 standing.confirmed = Some(asked.checkpoint.baseline);
             }
             if has {
-                self.reach(link, &document, &asked);
+                self.reach(link, &subject, &asked);
             }
-            self.consider(now, link, &document, announced);
+            self.consider(now, link, &subject, announced);
         }
         self.ask(now, link);
     }
@@ -321,31 +368,31 @@ impl Receipts {
             let late: Vec<u64> = late.map(|(request, _)| *request).collect();
             late.into_iter().for_each(|request| self.answered(now, link, request, false, announced));
             let known = &self.links[&link];
-            let waiting = known.waiting.values().flatten().map(|(_, document)| document);
-            let unsettled: Vec<DocumentId> = waiting.chain(&known.denied).cloned().collect();
-            for document in unsettled {
-                if self.standing(link, &document).ask_again_at <= now {
-                    self.want_answer(link, &document);
+            let waiting = known.waiting.values().flatten().map(|(_, subject)| subject);
+            let unsettled: Vec<Subject> = waiting.chain(&known.denied).cloned().collect();
+            for subject in unsettled {
+                if self.standing(link, &subject).ask_again_at <= now {
+                    self.want_answer(link, &subject);
                 }
             }
             self.ask(now, link);
         }
     }
 
-    fn standing(&mut self, link: LinkId, document: &DocumentId) -> &mut Standing {
+    fn standing(&mut self, link: LinkId, subject: &Subject) -> &mut Standing {
         let known = self.links.get_mut(&link).expect("whoever asks has seen the link");
-        known.standings.entry(document.clone()).or_insert_with(Standing::new)
+        known.standings.entry(subject.clone()).or_insert_with(Standing::new)
     }
 
     /// Looks whether the peer of a link has a document's latest checkpoint, and what to wait for if not.
-    fn consider(&mut self, now: Moment, link: LinkId, document: &DocumentId, announced: &impl Announced) {
-        let Some(followed) = self.followed.get(document) else { return };
+    fn consider(&mut self, now: Moment, link: LinkId, subject: &Subject, announced: &impl Announced) {
+        let Some(followed) = self.followed.get(subject) else { return };
         let latest = Numbered { number: followed.number, checkpoint: followed.latest.clone() };
         let group = followed.group.clone();
         if !self.links.get(&link).is_some_and(|known| known.groups.contains(&group)) {
             return;
         }
-        let standing = self.standing(link, document);
+        let standing = self.standing(link, subject);
         if standing.reached >= latest.number {
             return;
         }
@@ -353,13 +400,13 @@ impl Receipts {
             standing.confirmed == Some(latest.checkpoint.baseline) || is_bare(&latest.checkpoint);
         let is_denied = standing.denied;
         match announced.covers(link, &latest.checkpoint.target) {
-            true if is_confirmed => self.reach(link, document, &latest),
-            _ if !is_confirmed && !is_denied => self.want_answer(link, document),
+            true if is_confirmed => self.reach(link, subject, &latest),
+            _ if !is_confirmed && !is_denied => self.want_answer(link, subject),
             true => {
                 let known = self.links.get_mut(&link).expect("it was there a moment ago");
-                known.denied.insert(document.clone());
+                known.denied.insert(subject.clone());
             }
-            false => self.await_logs(now, link, document, &group, latest),
+            false => self.await_logs(now, link, subject, &group, latest),
         }
     }
 
@@ -368,11 +415,11 @@ impl Receipts {
         &mut self,
         now: Moment,
         link: LinkId,
-        document: &DocumentId,
+        subject: &Subject,
         group: &PlacementGroup,
         checkpoint: Numbered,
     ) {
-        let standing = self.standing(link, document);
+        let standing = self.standing(link, subject);
         if standing.awaited.is_some() {
             return;
         }
@@ -381,16 +428,16 @@ impl Receipts {
         // The logs get there by themselves; it is asked only if that takes long.
         standing.ask_again_at = Moment(now.0 + RECEIPT_ASK_AGAIN_MS);
         let known = self.links.get_mut(&link).expect("it was there a moment ago");
-        known.waiting.entry(group.clone()).or_default().insert((number, document.clone()));
+        known.waiting.entry(group.clone()).or_default().insert((number, subject.clone()));
     }
 
-    fn want_answer(&mut self, link: LinkId, document: &DocumentId) {
-        let standing = self.standing(link, document);
+    fn want_answer(&mut self, link: LinkId, subject: &Subject) {
+        let standing = self.standing(link, subject);
         if standing.question == Question::None {
             standing.question = Question::Due;
             let known = self.links.get_mut(&link).expect("it was there a moment ago");
-            known.denied.remove(document);
-            known.to_ask.insert(document.clone());
+            known.denied.remove(subject);
+            known.to_ask.insert(subject.clone());
         }
     }
 
@@ -398,10 +445,10 @@ impl Receipts {
     fn ask(&mut self, now: Moment, link: LinkId) {
         let Some(known) = self.links.get_mut(&link) else { return };
         while known.asked.len() < RECEIPT_QUESTIONS_MAX
-            && let Some(document) = known.to_ask.pop_first()
+            && let Some(subject) = known.to_ask.pop_first()
         {
             let (Some(followed), Some(standing)) =
-                (self.followed.get(&document), known.standings.get_mut(&document))
+                (self.followed.get(&subject), known.standings.get_mut(&subject))
             else {
                 continue;
             };
@@ -410,25 +457,26 @@ impl Receipts {
             let asked = Numbered { number: followed.number, checkpoint: followed.latest.clone() };
             let heads = asked.checkpoint.heads.clone();
             let until = Moment(now.0 + RECEIPT_ANSWER_PATIENCE_MS);
-            known.asked.insert(self.last_request, Asked { document: document.clone(), asked, until });
+            let document = subject.document.clone();
+            known.asked.insert(self.last_request, Asked { subject, asked, until });
             self.effects.push(Effect::Ask { link, request: self.last_request, document, heads });
         }
     }
 
-    fn reach(&mut self, link: LinkId, document: &DocumentId, reached: &Numbered) {
-        let standing = self.standing(link, document);
+    fn reach(&mut self, link: LinkId, subject: &Subject, reached: &Numbered) {
+        let standing = self.standing(link, subject);
         if reached.number > standing.reached {
             standing.reached = reached.number;
             let heads = reached.checkpoint.heads.clone();
-            self.effects.push(Effect::Reached { link, document: document.clone(), heads });
+            self.effects.push(Effect::Reached { link, subject: subject.clone(), heads });
         }
-        let standing = self.standing(link, document);
+        let standing = self.standing(link, subject);
         // What is awaited and older is reached with it.
         if let Some(awaited) = standing.awaited.take_if(|it| it.number <= reached.number) {
             let number = awaited.number;
             let known = self.links.get_mut(&link).expect("it was there a moment ago");
             known.waiting.values_mut().for_each(|waiting| {
-                waiting.remove(&(number, document.clone()));
+                waiting.remove(&(number, subject.clone()));
             });
         }
     }

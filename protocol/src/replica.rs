@@ -14,7 +14,7 @@
 //! - **Chains.** Every run and every subscription carries the running hash. Two logs that disagree in it are never mixed:
 //!   the origin is given up on and reported ([`Effect::OriginForked`]).
 //! - **Snapshots.** When nobody holds the entries any more that are missing here, documents are fetched page by page, and the
-//!   vector that the first page was taken at is adopted after the last.
+//!   vector that the first page was taken at is adopted after the last, together with a note of what could not be had.
 //!
 //! # Invariants
 //!
@@ -31,7 +31,7 @@ use crate::config::{
 };
 use crate::ids::{DocumentId, OriginId, PlacementGroup, RegionName, Seq, StorageId};
 use crate::link::handshake::NodeId;
-use crate::link::{DocumentContents, LinkFrame, Progress};
+use crate::link::{DocumentContents, LinkFrame, MissingDocument, Progress};
 use crate::log::{Chain, Opened};
 use crate::planted::{self, Fault};
 use crate::receipts::{Announced, Target};
@@ -45,6 +45,8 @@ mod streams;
 use lag::Samples;
 use routes::Route;
 use snapshot::Fetch;
+
+pub use snapshot::{FetchStatus, Page};
 use streams::Stream;
 
 /// A moment on the caller's clock, in milliseconds. It never goes back; where it begins does not matter.
@@ -67,6 +69,8 @@ pub struct Peer {
     pub groups: BTreeSet<PlacementGroup>,
     /// Where the region's clients reach it.
     pub client_url: Option<String>,
+    /// Extensions that the node understands.
+    pub features: BTreeSet<String>,
 }
 
 /// A run that was received in order, for the caller to store.
@@ -147,13 +151,16 @@ pub enum Effect {
         after: Option<DocumentId>,
         groups: BTreeSet<PlacementGroup>,
     },
-    /// Take what is not here yet out of these documents and store it; answer with [`Replica::page_stored`].
+    /// Take what is not here yet out of these documents and store it; answer with [`Replica::page_stored`], and with which
+    /// of them could not be stored.
     StorePage {
         documents: Vec<DocumentContents>,
     },
-    /// Raise the stored counters to these, durably, then call [`Replica::adopted`].
+    /// Raise the stored counters to these, durably, and in the same transaction note that these documents lack some of what
+    /// the counters claim; then call [`Replica::adopted`].
     AdoptOrigins {
         origins: Vec<Progress>,
+        missing: Vec<MissingDocument>,
     },
     /// A region has everything of this origin up to here, durably.
     Acknowledged {
@@ -352,6 +359,7 @@ impl Replica {
             LinkFrame::SnapshotPage { vector, documents, next } => {
                 self.receive_page(link, vector, documents, next);
             }
+            LinkFrame::Missing { documents } => self.receive_missing(now, link, documents),
             LinkFrame::Ping { sent_ms } => self.send(link, LinkFrame::Pong { sent_ms }),
             LinkFrame::Pong { sent_ms } => {
                 if let Some(link) = self.links.get_mut(&link) {
@@ -438,6 +446,26 @@ impl Replica {
         let of_group = self.origins.iter().filter(|(_, origin)| origin.group == *group);
         of_group.for_each(|(id, origin)| target.raise(*id, origin.handed.max(origin.durable.0)));
         target
+    }
+
+    /// [`Self::target`] of all groups that the peer of a link is in as well.
+    pub fn shared_target(&self, link: LinkId) -> Target {
+        let mut target = Target::default();
+        let Some(known) = self.links.get(&link) else { return target };
+        let shared = self.groups.intersection(&known.peer.groups);
+        shared.for_each(|group| target.raise_all(&self.target(group)));
+        target
+    }
+
+    /// Whether everything up to the target is durable here.
+    pub fn has(&self, target: &Target) -> bool {
+        let durable = |origin| self.origins.get(origin).map_or(Seq(0), |it| it.durable.0);
+        target.iter().all(|(origin, seq)| *seq <= durable(origin))
+    }
+
+    /// Whether documents are being fetched whole: until that is done they hold what no log position here stands for.
+    pub fn fetches_snapshot(&self) -> bool {
+        self.fetch.is_some()
     }
 
     /// The placement groups that its region is in.

@@ -4,7 +4,7 @@
 //! and a bucket is told by how many documents are in it and their fingerprints combined by exclusive or: two
 //! regions that hold the same agree in 256 buckets, which is one answer of 5 KiB. Below those that differ the
 //! asking side goes on, one byte further, until single documents are listed. Both sides look at documents that change
-//! meanwhile, so a difference is a reason to look, not a proof that something is lost.
+//! meanwhile, so a difference is a reason to look again, which [`Comparison`] does at the right moment.
 //!
 //! [`answer`] is the answering side, and gives the asker its own view of a prefix as well; [`Scrub`] is the asking side.
 //! Neither reads storage nor knows links: fingerprints come in, prefixes and documents go out.
@@ -28,6 +28,10 @@ use crate::config::{
 use crate::ids::{ChangeHash, DocumentId};
 use crate::link::Fingerprints;
 
+mod comparison;
+
+pub use comparison::{Comparison, Cut, Step, Verdict};
+
 /// Most requests that are open at once. Each answer takes the other side a pass over its documents.
 pub const OPEN_REQUESTS_MAX: usize = 4;
 
@@ -35,19 +39,34 @@ pub const OPEN_REQUESTS_MAX: usize = 4;
 /// scrub finds the rest.
 pub const DIFFERENCES_MAX: usize = 10_000;
 
-/// What a document's heads come to: a SHA-256 cut to 16 bytes. It guards against accidents.
+/// What a document holds comes to: a SHA-256 cut to 16 bytes. It guards against accidents.
 pub type Fingerprint = [u8; 16];
 
-/// The fingerprint of a document. Its heads are sorted and each is there once; a deleted document has none that count, so
-/// its fingerprint is the same wherever it was deleted.
-pub fn fingerprint(document: &DocumentId, sorted_heads: &[ChangeHash], deleted: bool) -> Fingerprint {
-    debug_assert!(sorted_heads.is_sorted_by(|one, next| one < next), "heads ascend");
+/// What a fingerprint stands for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Held {
+    Changes {
+        /// The changes that have all of their past, and that no other such change depends on.
+        heads: BTreeSet<ChangeHash>,
+        /// The changes that lack some of their past.
+        pending: BTreeSet<ChangeHash>,
+    },
+    /// There is a tombstone; when it was made does not count.
+    Deleted,
+}
+
+/// The fingerprint of a document.
+pub fn fingerprint(document: &DocumentId, held: &Held) -> Fingerprint {
     let mut hasher = Sha256::new();
     hasher.update([document.as_bytes().len() as u8]);
     hasher.update(document.as_bytes());
-    hasher.update([u8::from(deleted)]);
-    if !deleted {
-        sorted_heads.iter().for_each(|head| hasher.update(head.as_bytes()));
+    match held {
+        Held::Deleted => hasher.update([1]),
+        Held::Changes { heads, pending } => {
+            hasher.update([0]);
+            hasher.update((heads.len() as u64).to_le_bytes());
+            heads.iter().chain(pending).for_each(|hash| hasher.update(hash.as_bytes()));
+        }
     }
     let digest = hasher.finalize();
     std::array::from_fn(|at| digest[at])
@@ -127,10 +146,30 @@ pub enum Difference {
     Different,
 }
 
+/// What was seen of a document on both sides; nothing where it is not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Seen {
+    pub theirs: Option<Fingerprint>,
+    pub ours: Option<Fingerprint>,
+}
+
+impl Seen {
+    /// In what the two differ, if they do.
+    pub fn difference(self) -> Option<Difference> {
+        match (self.theirs, self.ours) {
+            (theirs, ours) if theirs == ours => None,
+            (Some(_), None) => Some(Difference::MissingHere),
+            (None, _) => Some(Difference::MissingThere),
+            (Some(_), Some(_)) => Some(Difference::Different),
+        }
+    }
+}
+
 /// What a scrub found.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Report {
-    pub differences: BTreeMap<DocumentId, Difference>,
+    /// The documents that differ, and how they were seen.
+    pub differences: BTreeMap<DocumentId, Seen>,
     /// Whether there were, or may be, more than these.
     pub more: bool,
 }
@@ -146,6 +185,8 @@ pub enum ScrubError {
     TooDeep,
     #[error("a document that is not below the prefix, or out of order")]
     Misplaced,
+    #[error("a document that was not asked for")]
+    NotWanted,
 }
 
 /// A comparison with one peer that is under way.
@@ -221,18 +262,16 @@ impl Scrub {
             };
             let their = theirs.next_if(|_| order.is_le());
             let our = ours.next_if(|_| order.is_ge());
-            match (their, our) {
-                (Some((document, _)), None) => self.found(document, Difference::MissingHere),
-                (None, Some((document, _))) => self.found(document, Difference::MissingThere),
-                (Some(their), Some(our)) if their.1 != our.1 => self.found(&their.0, Difference::Different),
-                _ => {}
+            let seen = Seen { theirs: their.map(|it| it.1), ours: our.map(|it| it.1) };
+            if let Some((document, _)) = their.or(our).filter(|_| seen.difference().is_some()) {
+                self.found(document, seen);
             }
         }
     }
 
-    fn found(&mut self, document: &DocumentId, difference: Difference) {
+    fn found(&mut self, document: &DocumentId, seen: Seen) {
         match self.report.differences.len() < DIFFERENCES_MAX {
-            true => _ = self.report.differences.insert(document.clone(), difference),
+            true => _ = self.report.differences.insert(document.clone(), seen),
             false => self.report.more = true,
         }
     }

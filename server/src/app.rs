@@ -7,11 +7,13 @@ use std::time::Duration;
 
 use anyhow::Context;
 use axum::Router;
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
 use isobar_protocol::ids::{PeerId, RegionName};
 use isobar_protocol::link::Progress;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinError, JoinHandle};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -24,7 +26,10 @@ use crate::node::{Node, Sessions};
 use crate::outbox::Closing;
 use crate::receipts::Receipts;
 use crate::replication::{Parts, PeerTls, Replication};
+use crate::scrub::Surveyor;
+use crate::scrub::verify::Verifier;
 use crate::siblings::Siblings;
+use crate::siblings::exchange::{self, Exchange};
 use crate::siblings::follow::{Follower, Positions};
 use crate::storage::{self, ClaimedOrigin, Storage, StorageError, StoredOrigin};
 use crate::telemetry::Metrics;
@@ -54,7 +59,7 @@ pub struct App {
     stop_admin: CancellationToken,
     stop_upkeep: CancellationToken,
     listeners: Vec<JoinHandle<()>>,
-    upkeep: Vec<JoinHandle<()>>,
+    upkeep: FuturesUnordered<JoinHandle<()>>,
     siblings: Siblings,
     committer: JoinHandle<Result<(), StorageError>>,
 }
@@ -89,25 +94,33 @@ impl App {
             Committer::new(storage.clone(), origins, documents.clone(), metrics.clone());
         let peer_id = PeerId::new(&format!("isobar-{region}-{}", uuid::Uuid::new_v4().simple()))?;
         let (following, followed) = watch::channel(Vec::new());
-        let follower = Follower::new(
-            storage.clone(),
-            documents.clone(),
-            committer.clone(),
-            metrics.clone(),
-            positions,
-            region_progress(&region, following),
-        );
-        let shares_database = seat.notices.can_be_heard();
-        let siblings = Siblings::start(seat, follower, committer.written().clone(), metrics.clone());
         let receipts = Receipts::new(region.clone(), storage_id.clone());
+        let exchange = Exchange::new(
+            &seat,
+            exchange::Parts {
+                documents: documents.clone(),
+                committer: committer.clone(),
+                receipts: receipts.clone(),
+                metrics: metrics.clone(),
+            },
+        );
+        let progress = region_progress(&region, following);
+        let follower = Follower::new(storage.clone(), exchange.clone(), positions, progress);
+        let shares_database = seat.notices.can_be_heard();
+        let siblings =
+            Siblings::start(seat, exchange.clone(), follower, committer.written().clone(), metrics.clone());
         let parts = Parts {
             storage: storage.clone(),
             documents: documents.clone(),
             committer: committer.clone(),
             metrics: metrics.clone(),
             receipts: receipts.clone(),
+            surveyor: Surveyor::new(storage.clone(), documents.clone()),
             advertise: settings.advertise.clone(),
+            groups: settings.groups.clone(),
             peer_rate_limit: settings.peer_rate_limit,
+            frame_limits: settings.frame_limits,
+            exchange: exchange.clone(),
             keeps_links: siblings.keeps_links(),
             siblings: followed,
         };
@@ -123,6 +136,7 @@ impl App {
             documents,
             committer,
             replication: regions.replication,
+            exchange,
             receipts: receipts.clone(),
             sessions: Sessions::default(),
             metrics,
@@ -140,6 +154,9 @@ impl App {
         let follow = receipts.run(node.replication.clone());
         upkeep.push(tokio::spawn(cancellable(stop_upkeep.clone(), follow)));
         upkeep.extend(regions.tasks);
+        if let Some(verifier) = verifier(&node) {
+            upkeep.push(tokio::spawn(cancellable(stop_upkeep.clone(), verifier.run())));
+        }
         if node.replication.is_none() {
             upkeep.push(tokio::spawn(cancellable(
                 stop_upkeep.clone(),
@@ -154,7 +171,7 @@ impl App {
                 serve(clients, client_routes, stop_clients.clone()),
                 serve(admin, admin_routes, stop_admin.clone()),
             ],
-            upkeep,
+            upkeep: upkeep.into_iter().collect(),
             siblings,
             committer: tokio::spawn(commits),
             node,
@@ -172,8 +189,9 @@ impl App {
             reason = failed(self.node.replication.as_ref()) => {
                 anyhow::bail!("{reason}; started again, the node takes a new log and fetches what it lost")
             }
-            () = self.siblings.lost() => {
-                anyhow::bail!("another node has this node's seat: it was out of touch with the database for too long")
+            reason = self.siblings.failed() => anyhow::bail!("{reason}"),
+            error = panicked(&mut self.upkeep) => {
+                Err(error).context("a task of the node has panicked; without it what is served would grow old")
             }
             failed = &mut self.committer => {
                 failed?.context("the storage failed, nothing more can be acknowledged")?;
@@ -245,14 +263,28 @@ async fn claim_origins(
     Ok(origins)
 }
 
-/// Passes on how far the origins of this region are that other nodes write.
+/// What hashes stored bytes again, unless that is switched off.
+fn verifier(node: &Node) -> Option<Verifier> {
+    let bytes_per_second = node.settings.verify_rate;
+    (bytes_per_second > 0).then(|| Verifier {
+        storage: node.storage.clone(),
+        documents: node.documents.clone(),
+        committer: node.committer.clone(),
+        replication: node.replication.clone(),
+        metrics: node.metrics.clone(),
+        bytes_per_second,
+    })
+}
+
+/// Passes on how far the origins of this region are that other nodes write. Former ones are written by nobody: what they
+/// lost comes back from other regions.
 fn region_progress(
     region: &RegionName,
     following: watch::Sender<Vec<Progress>>,
 ) -> impl Fn(&[StoredOrigin]) + Send + use<> {
     let region = region.clone();
     move |origins| {
-        let ours = origins.iter().filter(|origin| origin.region == region);
+        let ours = origins.iter().filter(|origin| origin.region == region && origin.claimed);
         let ours = ours.map(|it| Progress {
             origin: it.id,
             region: it.region.clone(),
@@ -267,6 +299,18 @@ fn region_progress(
             moved
         });
     }
+}
+
+/// Resolves when one of these tasks has panicked. That one has ended is no fault.
+async fn panicked(tasks: &mut FuturesUnordered<JoinHandle<()>>) -> JoinError {
+    while let Some(ended) = tasks.next().await {
+        if let Err(error) = ended
+            && error.is_panic()
+        {
+            return error;
+        }
+    }
+    std::future::pending().await
 }
 
 /// Resolves when replication finds that this node must not write any more.
@@ -315,11 +359,11 @@ async fn truncate(node: Arc<Node>, shares_database: bool) {
         ticks.tick().await;
         let logs = progress.borrow().clone();
         for log in logs {
-            match node.storage.truncate_log(log.origin, log.seq, keep).await {
-                Ok(()) => node.metrics.log_truncated_seq.set(log.seq.0 as f64),
-                Err(error) => tracing::warn!(%error, "log not truncated"),
+            if let Err(error) = node.storage.truncate_log(log.origin, log.seq, keep).await {
+                tracing::warn!(%error, "log not truncated");
             }
         }
+        node.metrics.log_truncations.increment(1);
     }
 }
 

@@ -19,6 +19,7 @@ use serde::{Deserialize, Deserializer};
 
 pub use crate::config::cluster::{ClusterKey, Groups, PeerAddress};
 use crate::config::cluster::{PEERS_MAX, check_client_url, check_name};
+use crate::replication::{FrameLimits, Keep};
 use crate::telemetry::LogFormat;
 
 pub mod cluster;
@@ -29,6 +30,9 @@ const PEER_LISTEN_DEFAULT: SocketAddr =
 
 /// Smallest limit of what is sent to a peer, in bytes a second: a frame of entries then takes four seconds at most.
 const PEER_RATE_LIMIT_MIN: u64 = 64 << 10;
+
+/// Longest time between two checks in seconds, a year: beyond it clocks cannot count.
+const SCRUB_SECONDS_MAX: u64 = 365 * 24 * 3600;
 
 /// The variable that holds the regions' shared secret.
 const CLUSTER_KEY_VARIABLE: &str = "ISOBAR_CLUSTER_KEY";
@@ -140,9 +144,20 @@ pub struct Settings {
     pub peer_tls_ca: Option<PathBuf>,
     /// Bytes a second that are sent to one peer at most.
     pub peer_rate_limit: Option<NonZeroU64>,
+    /// What fits through links: no setting, but tests make do with less.
+    #[serde(skip)]
+    pub frame_limits: FrameLimits,
     pub groups: Groups,
     /// How long log entries are kept after every region has acknowledged them.
     pub log_keep_hours: u64,
+    /// How often log entries are given up.
+    pub log_truncate_seconds: u64,
+    /// How long a region that is not linked is waited for before log entries are given up.
+    pub peer_silence_hours: u64,
+    /// How often this region is compared with the others; 0: on demand only.
+    pub scrub_minutes: u64,
+    /// Stored bytes that are hashed again in a second; 0: none.
+    pub verify_rate: u64,
     /// Open client connections at most. Each costs a file descriptor and about 20 KiB.
     pub connections_max: usize,
     /// Documents that one connection may have open.
@@ -214,6 +229,14 @@ impl Settings {
         }
         if self.ping_seconds == 0 {
             bail!("ping_seconds is 0: every connection would be closed at once");
+        }
+        if self.log_truncate_seconds == 0 {
+            bail!("log_truncate_seconds is 0: nothing else would be done");
+        }
+        if self.peer_silence_hours == 0 {
+            bail!(
+                "peer_silence_hours is 0: every interruption would make the other regions fetch whole documents"
+            );
         }
         if self.frame_bytes_max < 64 << 10 {
             bail!("frame_bytes_max is below 65536: ordinary clients could not synchronise");
@@ -303,8 +326,20 @@ impl Settings {
         Duration::from_secs(self.drain_seconds)
     }
 
-    pub fn log_keep(&self) -> Duration {
-        Duration::from_secs(self.log_keep_hours.saturating_mul(3600))
+    /// What of the logs is kept for how long.
+    pub fn keep(&self) -> Keep {
+        let hours = |hours: u64| Duration::from_secs(hours.saturating_mul(3600));
+        Keep {
+            every: Duration::from_secs(self.log_truncate_seconds),
+            entries: hours(self.log_keep_hours),
+            silence: hours(self.peer_silence_hours),
+        }
+    }
+
+    /// How often regions are compared; nothing: only when somebody asks.
+    pub fn scrub_interval(&self) -> Option<Duration> {
+        let minutes = NonZeroU64::new(self.scrub_minutes)?;
+        Some(Duration::from_secs(minutes.get().saturating_mul(60).min(SCRUB_SECONDS_MAX)))
     }
 }
 
@@ -325,6 +360,10 @@ fn defaults() -> Result<Builder, config::ConfigError> {
         .set_default("cluster_id", "isobar")?
         .set_default("groups", config::Map::<String, config::Value>::new())?
         .set_default("log_keep_hours", 24)?
+        .set_default("log_truncate_seconds", 60)?
+        .set_default("peer_silence_hours", 7 * 24)?
+        .set_default("scrub_minutes", 60)?
+        .set_default("verify_rate", 1 << 20)?
         .set_default("connections_max", 50_000)?
         .set_default("connection_documents_max", 10_000)?
         .set_default("frame_bytes_max", limits.frame_bytes_max as u64)?
@@ -360,7 +399,7 @@ fn with_flags(builder: Builder, args: &ServeArgs) -> Result<Builder, config::Con
 /// The variables of our prefix that are settings. `ISOBAR_CONFIG` names the file, `ISOBAR_CLUSTER_KEY` is a secret that
 /// must not appear in messages about settings, and tests have names of their own.
 fn settings_in_environment() -> anyhow::Result<HashMap<String, String>> {
-    const NAMES: [&str; 26] = [
+    const NAMES: [&str; 28] = [
         "REGION",
         "DATABASE",
         "LISTEN",
@@ -378,6 +417,8 @@ fn settings_in_environment() -> anyhow::Result<HashMap<String, String>> {
         "PEER_TLS_KEY",
         "PEER_TLS_CA",
         "LOG_KEEP_HOURS",
+        "SCRUB_MINUTES",
+        "VERIFY_RATE",
         "CONNECTIONS_MAX",
         "CONNECTION_DOCUMENTS_MAX",
         "FRAME_BYTES_MAX",

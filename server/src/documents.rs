@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -27,7 +27,9 @@ use crate::telemetry::Metrics;
 mod compaction;
 mod contents;
 mod document;
+mod inspection;
 mod receipts;
+mod repair;
 mod replication;
 mod siblings;
 
@@ -36,6 +38,8 @@ use replication::ColdCounts;
 
 pub use contents::ContentsError;
 pub use document::{Document, Incoming, IngestStep, Outgoing, Rejected, SharedKey, SubscriberKey, joined};
+pub use inspection::{Damage, Inspection};
+pub use repair::{MendError, Mended};
 pub use replication::DeleteError;
 
 /// The placement group of documents for which no other was asked: all regions.
@@ -63,6 +67,11 @@ pub enum LoadError {
     ChangeUnreadable { hash: ChangeHash, error: ChangeError },
     #[error("stored {0}")]
     ChangeRefused(Rejected),
+    /// It waited for a dependency, and broke a rule when that was there.
+    #[error("stored change {hash} does not fit its dependencies")]
+    ChangeDropped { hash: ChangeHash },
+    #[error("{rows} stored rows of changes do not decode")]
+    RowsDamaged { rows: usize },
 }
 
 /// A document's place in memory.
@@ -87,6 +96,8 @@ pub struct Documents {
     slots: Mutex<HashMap<DocumentId, Slot>>,
     default_group: PlacementGroup,
     cold: Mutex<ColdCounts>,
+    /// Runs that are being stored.
+    applying: AtomicUsize,
     /// Each document stands here at most once.
     compactions: mpsc::UnboundedSender<Arc<Document>>,
 }
@@ -130,6 +141,7 @@ impl Documents {
             slots: Mutex::new(HashMap::new()),
             default_group: PlacementGroup::new(DEFAULT_GROUP).expect("the name is short"),
             cold: Mutex::default(),
+            applying: AtomicUsize::new(0),
             compactions,
         });
         (documents.clone(), Compactor { documents, due })
@@ -225,7 +237,10 @@ impl Documents {
         id: &DocumentId,
         stored: StoredDocument,
     ) -> Result<(Graph, Vec<ChangeHash>), LoadError> {
-        let StoredDocument { base, mut tail, .. } = stored;
+        let StoredDocument { base, mut tail, damaged_rows, .. } = stored;
+        if !damaged_rows.is_empty() {
+            return Err(LoadError::RowsDamaged { rows: damaged_rows.len() });
+        }
         let mut index = None;
         if let Some(base) = base.as_ref().filter(|base| !base.pruned) {
             index = Some(self.index_for_load(id, base, &mut tail).await?);
@@ -420,6 +435,10 @@ fn build_now(
                 return Err(LoadError::ChangeRefused(Rejected { hash: *hash, refusal, other }));
             }
         }
+    }
+    let has = |hash: &ChangeHash| graph.position(hash).is_some() || graph.is_pending(hash);
+    if let Some(StoredChange { hash, .. }) = tail.iter().find(|change| !has(&change.hash)) {
+        return Err(LoadError::ChangeDropped { hash: *hash });
     }
     let end = graph.staged_end();
     graph.advance_durable(end);

@@ -10,13 +10,14 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 use isobar_protocol::ids::{PlacementGroup, RegionName};
+use isobar_protocol::notice::KnownRegion;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use crate::config::cluster::DEFAULT_GROUP;
 use crate::connection::Connection;
 use crate::node::Node;
-use crate::replication::{Known, Replication};
+use crate::replication::Replication;
 use admin::problem;
 pub use listener::{CountingListener, Traffic};
 
@@ -115,7 +116,7 @@ struct RegionView {
     up: bool,
 }
 
-/// This region, and the others that were linked since the node started. Any web page may read it, as any may sync.
+/// This region, and the others that were linked, to any of its nodes, since the node started. Any web page may read it, as any may sync.
 async fn regions(State(shared): State<Shared>) -> Response {
     let node = &shared.node;
     let mut regions = vec![RegionView {
@@ -124,9 +125,9 @@ async fn regions(State(shared): State<Shared>) -> Response {
         here: true,
         up: true,
     }];
-    for known in node.replication.iter().flat_map(Replication::known) {
-        let Known { peer, up } = known;
-        regions.push(RegionView { name: peer.region.to_string(), url: peer.client_url, here: false, up });
+    for known in node.replication.iter().flat_map(Replication::regions) {
+        let KnownRegion { region, client_url: url, link, .. } = known;
+        regions.push(RegionView { name: region.to_string(), url, here: false, up: link.is_some() });
     }
     ([(header::ACCESS_CONTROL_ALLOW_ORIGIN, "*")], Json(regions)).into_response()
 }

@@ -16,6 +16,7 @@ pub mod outbox;
 pub mod receipts;
 pub mod recent_log;
 pub mod replication;
+pub mod scrub;
 pub mod siblings;
 pub mod storage;
 pub mod telemetry;

@@ -170,6 +170,18 @@ mod tests {
     use super::*;
 
     #[tokio::test]
+    async fn a_panic_is_an_answer_and_frees_what_it_had() {
+        let materialiser = Materialiser::new(Arc::new(Metrics::new()));
+        for _ in 0..3 {
+            // Each takes the whole budget, so the next waits for ever if one is not given back.
+            let job = || -> Result<(), MaterialiseError> { panic!("as automerge does") };
+            let outcome = materialiser.run(MaterialiseReason::Upload, BUDGET_BYTES, job).await;
+            assert!(matches!(outcome, Err(MaterialiseError::Panicked)));
+        }
+        assert_eq!(materialiser.budget.used_bytes(), 0);
+    }
+
+    #[tokio::test]
     async fn a_base_of_too_many_operations_is_refused_before_anything_is_opened() {
         let mut document = AutoCommit::new();
         let text = document.put_object(ROOT, "text", ObjType::Text).unwrap();

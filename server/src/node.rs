@@ -13,6 +13,7 @@ use crate::documents::Documents;
 use crate::outbox::{Closing, Outbox};
 use crate::receipts::Receipts;
 use crate::replication::Replication;
+use crate::siblings::exchange::Exchange;
 use crate::storage::Storage;
 use crate::telemetry::Metrics;
 
@@ -28,6 +29,8 @@ pub struct Node {
     pub committer: Committer,
     /// Nothing if the node has nothing to do with other regions.
     pub replication: Option<Replication>,
+    /// What passes between this node and its siblings.
+    pub exchange: Arc<Exchange>,
     pub receipts: Arc<Receipts>,
     pub sessions: Sessions,
     pub metrics: Arc<Metrics>,

@@ -16,8 +16,8 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use isobar_protocol::ids::{ChangeHash, DocumentId, PlacementGroup, RegionName, StorageId};
-use isobar_protocol::receipts::Baseline;
+use isobar_protocol::ids::{ChangeHash, DocumentId, RegionName, StorageId};
+use isobar_protocol::notice::Observation;
 use isobar_protocol::wire::Saved;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
@@ -27,16 +27,6 @@ use crate::replication::Replication;
 
 /// How often followed documents are looked at, and their followers told: ten frames a second for each at most.
 const INTERVAL: Duration = Duration::from_millis(100);
-
-/// The durable heads of a followed document, for replication to find out who else has them.
-#[derive(Debug)]
-pub struct Observed {
-    pub document: DocumentId,
-    pub group: PlacementGroup,
-    pub baseline: Baseline,
-    pub heads: Vec<ChangeHash>,
-    pub is_closed: bool,
-}
 
 /// What a region holds, and which version of the document's state brought it.
 #[derive(Debug)]
@@ -161,6 +151,18 @@ impl Receipts {
         });
     }
 
+    /// Whoever finds out about other regions begins anew: all followed documents are looked at again.
+    pub(crate) fn look_anew(&self) {
+        let mut state = self.state.lock();
+        let State { documents, moved, .. } = &mut *state;
+        moved.extend(documents.keys().cloned());
+        let is_due = !moved.is_empty();
+        drop(state);
+        if is_due {
+            self.news.notify_one();
+        }
+    }
+
     /// Looks at documents and tells followers; to be run as a task.
     pub async fn run(self: Arc<Self>, replication: Option<Replication>) {
         loop {
@@ -177,7 +179,7 @@ impl Receipts {
     }
 
     /// Takes the durable heads of the documents that have moved.
-    fn look(&self) -> Vec<Observed> {
+    fn look(&self) -> Vec<Observation> {
         let moved = std::mem::take(&mut self.state.lock().moved);
         let mut observed = Vec::new();
         for id in moved {
@@ -191,7 +193,7 @@ impl Receipts {
             }
             let (group, heads) = (durable.group, durable.heads);
             let (baseline, is_closed) = (durable.baseline, durable.is_closed);
-            observed.push(Observed { document: id, group, baseline, heads, is_closed });
+            observed.push(Observation { document: id, group, baseline, heads, is_closed });
         }
         observed
     }

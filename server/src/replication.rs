@@ -7,33 +7,40 @@
 //! - [`dial`] keeps a link to each configured peer, [`accept`] takes the links that others open.
 //! - [`tls`] is how links are kept from others on the way.
 //! - [`task`] is that task; its `effects` perform what the replica decides, and its `exchange` answers and asks what is
-//!   not about the log: where a document is, presence.
+//!   not about the log: where a document is, presence; its `siblings` does for the region's other nodes what they cannot.
 //! - [`snapshot`] reads and stores pages of documents.
-//! - [`truncate`] gives up log entries that every region has.
+//! - [`parts`] is how frames travel that are longer than others.
+//! - [`scrub`] compares regions, and puts back what was lost; the task's `scrub` answers and asks for it.
+//! - [`members`] remembers the regions that were ever linked; [`truncate`] gives up log entries that every region has.
 //!
 //! # Bounds
 //!
 //! The queue of events is bounded; a link's socket is not read while it is full. What waits to be sent is bounded by the
-//! replica's windows ([`outgoing`]). A run that is being stored counts against the committer's budget.
+//! replica's windows ([`outgoing`]), and what is done for a peer that asks by `task`'s `answers`. A run that is being stored counts against the committer's budget.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use isobar_protocol::ids::{DocumentId, OriginId, PlacementGroup, RegionName, Seq, StorageId};
 use isobar_protocol::link::handshake::Identity;
-use isobar_protocol::link::{LinkFrame, Progress};
-use isobar_protocol::replica::{LinkId, LinkStatus, LogRead, Peer, Stored};
+use isobar_protocol::link::{LinkFrame, MissingDocument, Progress};
+use isobar_protocol::notice::{KnownRegion, Notice, Observation};
+use isobar_protocol::replica::{FetchStatus, LinkId, LinkStatus, LogRead, Page, Peer, Stored};
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot, watch};
+use uuid::Uuid;
 
 use crate::commit::Committer;
+use crate::config::cluster::Groups;
 use crate::documents::Documents;
 use crate::outbox::Ephemeral;
-use crate::receipts::{Observed, Receipts};
-use crate::storage::{Storage, StorageError};
+use crate::receipts::Receipts;
+use crate::scrub::Surveyor;
+use crate::siblings::exchange::Exchange;
+use crate::storage::{Member, Storage, StorageError, StoredOrigin};
 use crate::telemetry::Metrics;
 
 mod accept;
@@ -41,8 +48,11 @@ mod dial;
 mod envelope;
 mod keeping;
 mod link;
+mod members;
 mod outgoing;
 mod pace;
+mod parts;
+mod scrub;
 mod snapshot;
 mod task;
 mod tls;
@@ -53,7 +63,11 @@ use outgoing::Outgoing;
 
 pub use accept::accept_links;
 pub use dial::keep_links;
+pub use members::ForgetError;
+pub use parts::FrameLimits;
+pub use scrub::{Checked, Divergence, Outcome};
 pub use tls::PeerTls;
+pub use truncate::Keep;
 
 /// Events that wait at most. A frame is at most some hundred kilobytes, unless it is a whole document.
 const EVENTS_MAX: usize = 256;
@@ -91,11 +105,14 @@ enum Event {
     },
     PageRead {
         link: LinkId,
-        page: Option<snapshot::Page>,
+        page: Option<Page>,
     },
-    PageStored,
+    PageStored {
+        unusable: Vec<MissingDocument>,
+    },
     Adopted {
         origins: Vec<Progress>,
+        missing: Vec<MissingDocument>,
     },
     /// Look for a document in the other regions of a group.
     Search {
@@ -103,19 +120,35 @@ enum Event {
         group: PlacementGroup,
         found: oneshot::Sender<SearchOutcome>,
     },
-    /// Something that was asked for another region's sake is done.
-    Reply {
-        link: LinkId,
-        frame: LinkFrame,
-    },
     /// Contents that a search fetched are stored.
     Fetched {
         request: u64,
+        stored: bool,
     },
-    Presence(Arc<Ephemeral>),
+    /// What came of storing a document that a snapshot had lacked.
+    WantedStored {
+        document: DocumentId,
+        request: u64,
+        stored: bool,
+    },
+    /// A client's message in a document of a group.
+    Presence {
+        group: PlacementGroup,
+        message: Arc<Ephemeral>,
+    },
+    /// What a sibling says to the node that keeps the links.
+    Told {
+        by: Uuid,
+        notice: Notice,
+    },
+    /// How far the logs were in the database after the first of what siblings observe was heard; nothing if that could not
+    /// be read.
+    OriginsRead(Option<Vec<StoredOrigin>>),
+    /// Something that a check needs.
+    Scrub(task::scrub::ScrubCall),
     /// What documents hold of which somebody wants receipts, and those of which nobody does any more.
     Observed {
-        observed: Vec<Observed>,
+        observed: Vec<Observation>,
         left: Vec<DocumentId>,
     },
 }
@@ -154,14 +187,29 @@ pub struct Parts {
     pub committer: Committer,
     pub metrics: Arc<Metrics>,
     pub receipts: Arc<Receipts>,
+    pub surveyor: Arc<Surveyor>,
     /// Where this region's clients reach it.
     pub advertise: Option<String>,
+    /// Which regions are in which placement groups.
+    pub groups: Groups,
     /// Bytes a second that a link may send.
     pub peer_rate_limit: Option<NonZeroU64>,
+    pub frame_limits: FrameLimits,
+    /// What passes between this node and its siblings.
+    pub exchange: Arc<Exchange>,
     /// Whether this node keeps the region's links.
     pub keeps_links: watch::Receiver<bool>,
     /// How far the origins of the region are stored that this node does not write.
     pub siblings: watch::Receiver<Vec<Progress>>,
+}
+
+/// What a peer lacks of what this node has written since it started.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Lag {
+    /// How long it has lacked the oldest entry that it lacks.
+    pub ms: u64,
+    /// Bytes of all that it lacks.
+    pub bytes: u64,
 }
 
 /// How far the regions are, for operators and for truncation.
@@ -169,10 +217,14 @@ pub struct Parts {
 pub struct View {
     pub vector: Vec<Progress>,
     pub links: Vec<LinkStatus>,
-    /// For each of the links, how long the peer has lacked the oldest entry of this node's own that it lacks.
-    pub lags_ms: Vec<u64>,
+    /// For each of the links.
+    pub lags: Vec<Lag>,
     /// Origins of which two logs exist.
     pub forked: Vec<OriginId>,
+    /// Documents that lack some of what the vector claims, because a snapshot lacked them.
+    pub missing: Vec<DocumentId>,
+    /// A snapshot that is being fetched.
+    pub fetch: Option<FetchStatus>,
 }
 
 /// A handle to the replication of a node. Cheap to clone.
@@ -180,25 +232,80 @@ pub struct View {
 pub struct Replication {
     events: mpsc::Sender<Event>,
     shared: Arc<Shared>,
+    exchange: Arc<Exchange>,
+}
+
+/// Where what siblings say to the node that keeps the links is handed over. Keeps nothing alive.
+pub(crate) struct Inbox {
+    events: mpsc::WeakSender<Event>,
+    shared: Arc<Shared>,
+}
+
+impl Inbox {
+    /// Hands over what a sibling says. What finds no room is lost, as a notice may be.
+    pub(crate) fn hear(&self, by: Uuid, notice: Notice) {
+        if let Some(events) = self.events.upgrade() {
+            let _ = events.try_send(Event::Told { by, notice });
+        }
+    }
+
+    /// Passes presence on to the regions that want it; lossy.
+    pub(crate) fn relay(&self, group: &PlacementGroup, message: &Arc<Ephemeral>) {
+        if let Some(events) = self.events.upgrade() {
+            self.shared.relay(&events, group, message);
+        }
+    }
+}
+
+impl Shared {
+    fn relay(&self, events: &mpsc::Sender<Event>, group: &PlacementGroup, message: &Arc<Ephemeral>) {
+        if self.presence_wanted.load(Ordering::Relaxed) {
+            let _ = events.try_send(Event::Presence { group: group.clone(), message: message.clone() });
+        }
+    }
+
+    /// The other regions that were linked since the node started, and by which links they are.
+    fn regions(&self) -> Vec<KnownRegion> {
+        let known: Vec<Peer> = self.known.lock().values().cloned().collect();
+        let linked = self.linked.lock();
+        let region = |peer: Peer| KnownRegion {
+            link: linked.get(&peer.region).copied(),
+            region: peer.region,
+            storage_id: peer.storage_id,
+            client_url: peer.client_url,
+        };
+        known.into_iter().map(region).collect()
+    }
 }
 
 /// What is seen from outside the task.
 struct Shared {
     next_link: AtomicU64,
     peer_rate_limit: Option<NonZeroU64>,
+    frame_limits: FrameLimits,
     /// By region, of the links that are up.
     linked: Mutex<HashMap<RegionName, LinkId>>,
     view: Mutex<View>,
     acknowledged: Mutex<HashMap<(RegionName, OriginId), Seq>>,
     /// The regions that were linked since the node started, as they said last who they are.
     known: Mutex<BTreeMap<RegionName, Peer>>,
-    /// When each region was last linked.
-    heard: Mutex<HashMap<RegionName, Instant>>,
+    /// The regions that were ever linked.
+    members: Mutex<BTreeMap<RegionName, Member>>,
     /// Whether any peer wants presence; a cheap look before anything is queued.
     presence_wanted: AtomicBool,
     keeps_links: watch::Receiver<bool>,
+    /// The groups that this region is in.
+    groups: BTreeSet<PlacementGroup>,
+    checks: scrub::Checks,
     /// Set once when this node must not write any more.
     fatal: watch::Sender<Option<String>>,
+}
+
+impl Shared {
+    /// Has the node stop, for the first reason that is given.
+    fn fail(&self, reason: String) {
+        self.fatal.send_if_modified(|fatal| fatal.is_none() && fatal.replace(reason).is_none());
+    }
 }
 
 impl Replication {
@@ -214,17 +321,22 @@ impl Replication {
         let shared = Arc::new(Shared {
             next_link: AtomicU64::new(1),
             peer_rate_limit: parts.peer_rate_limit,
+            frame_limits: parts.frame_limits,
             linked: Mutex::default(),
             view: Mutex::default(),
             acknowledged: Mutex::default(),
             known: Mutex::default(),
-            heard: Mutex::default(),
+            members: Mutex::default(),
             presence_wanted: AtomicBool::new(false),
             keeps_links: parts.keeps_links.clone(),
+            groups: groups.clone(),
+            checks: scrub::Checks::default(),
             fatal: watch::Sender::new(None),
         });
         shared.read_acknowledgements(&*parts.storage).await?;
-        let handle = Self { events, shared: shared.clone() };
+        let exchange = parts.exchange.clone();
+        exchange.set_inbox(Inbox { events: events.downgrade(), shared: shared.clone() });
+        let handle = Self { events, shared: shared.clone(), exchange };
         Ok((handle, Keeping { region, groups, own, parts, shared, queue }.run()))
     }
 
@@ -244,6 +356,9 @@ impl Replication {
 
     /// Looks for a document that is not here in the other regions of a group, and fetches it. Only they learn its id.
     pub async fn search(&self, document: DocumentId, group: PlacementGroup) -> SearchOutcome {
+        if !self.keeps_links() {
+            return self.exchange.search(&document, group).await;
+        }
         let (found, answer) = oneshot::channel();
         if self.events.send(Event::Search { document, group, found }).await.is_err() {
             return SearchOutcome::Absent;
@@ -251,30 +366,48 @@ impl Replication {
         answer.await.unwrap_or(SearchOutcome::Absent)
     }
 
-    /// The other regions that were linked since the node started.
+    /// The other regions that were linked to any node of this region that kept the links, and by which links they are.
+    pub fn regions(&self) -> Vec<KnownRegion> {
+        let told = self.exchange.regions().into_iter().map(|it| (it.region.clone(), it));
+        let mut regions: BTreeMap<RegionName, KnownRegion> = told.collect();
+        for region in self.shared.regions() {
+            match regions.get_mut(&region.region) {
+                // It was linked here, and is to the node that keeps the links now.
+                Some(told) if region.link.is_none() && told.link.is_some() => {}
+                Some(told) => *told = region,
+                None => {
+                    regions.insert(region.region.clone(), region);
+                }
+            }
+        }
+        regions.into_values().collect()
+    }
+
+    /// The other regions that were linked to this node since it started.
     pub fn known(&self) -> Vec<Known> {
         let known: Vec<Peer> = self.shared.known.lock().values().cloned().collect();
         let linked = self.shared.linked.lock();
         known.into_iter().map(|peer| Known { up: linked.contains_key(&peer.region), peer }).collect()
     }
 
-    /// Whether a storage is that of another region that was linked since the node started.
+    /// Whether a storage is that of another region that was linked to any node of this region that kept the links.
     pub fn is_region_storage(&self, storage: &StorageId) -> bool {
         self.shared.known.lock().values().any(|peer| peer.storage_id == *storage)
+            || self.exchange.regions().iter().any(|region| region.storage_id == *storage)
     }
 
     /// Has it found out which regions hold these documents; those of the second list are of interest to nobody any more.
-    pub(crate) async fn observe(&self, observed: Vec<Observed>, left: Vec<DocumentId>) {
-        if !observed.is_empty() || !left.is_empty() {
+    pub(crate) async fn observe(&self, observed: Vec<Observation>, left: Vec<DocumentId>) {
+        if !self.keeps_links() {
+            self.exchange.observe(observed, left);
+        } else if !observed.is_empty() || !left.is_empty() {
             let _ = self.events.send(Event::Observed { observed, left }).await;
         }
     }
 
     /// Passes presence on to the regions that want it; lossy.
-    pub fn relay(&self, message: &Arc<Ephemeral>) {
-        if self.shared.presence_wanted.load(Ordering::Relaxed) {
-            let _ = self.events.try_send(Event::Presence(message.clone()));
-        }
+    pub fn relay(&self, group: &PlacementGroup, message: &Arc<Ephemeral>) {
+        self.shared.relay(&self.events, group, message);
     }
 
     /// Whether a region is linked.
@@ -287,13 +420,13 @@ impl Replication {
         !self.shared.linked.lock().is_empty()
     }
 
-    pub fn view(&self) -> View {
-        self.shared.view.lock().clone()
+    /// Whether any other region is linked to this node or, if it does not keep the links, to the one that does.
+    pub fn can_search(&self) -> bool {
+        self.is_linked() || !self.keeps_links() && self.exchange.is_keeper_linked()
     }
 
-    /// The other regions that were ever linked.
-    pub fn members(&self) -> Vec<RegionName> {
-        self.shared.heard.lock().keys().cloned().collect()
+    pub fn view(&self) -> View {
+        self.shared.view.lock().clone()
     }
 
     /// How far a region has stored an origin, as it said last.

@@ -5,7 +5,7 @@
 //!
 //! # Contract
 //!
-//! Each implementation passes one suite (`server/tests/storage.rs`), whose tests are named after these clauses.
+//! Each implementation passes one suite (`server/tests/storage`), whose tests are named after these clauses.
 //!
 //! 1. **Atomic append.** [`Storage::append`] stores the whole batch — documents, changes, tombstones, runs of log
 //!    entries and the origins' counters — or nothing. When it returns `Ok` the batch survives a crash of the process,
@@ -19,9 +19,9 @@
 //!    [`StorageError::Fenced`] and nothing is stored. An origin that was replaced by a new one is fenced for ever.
 //! 5. **Definite.** An append that fails with [`StorageError::Transient`] may be repeated as it stands: the caller
 //!    passes the seqs it expects to write first, and a batch that did commit before the failure was reported is
-//!    recognised by the counters and the last runs, and answered as the success it was. A run of another region's origin
-//!    whose counter stands elsewhere — another node of the region was first — fails with
-//!    [`StorageError::OutOfStep`], and nothing of the batch is stored.
+//!    recognised by the counter and the last run of an own origin, and answered as the success it was. A run of another
+//!    region's origin whose counter stands elsewhere — another node of the region was first, or a batch without an own run
+//!    did commit — fails with [`StorageError::OutOfStep`], and this attempt has stored nothing of the batch.
 //! 6. **Whole documents.** [`Storage::load_document`] returns a base and a tail that belong together: never the
 //!    changes of before an [`Storage::install_base`] with the base of after it.
 //! 7. **Bases replace, then prune.** `install_base` is one transaction and fails with [`StorageError::Conflict`]
@@ -40,10 +40,17 @@
 //!     its changes from every stored run (their names, seqs and chain stay). Nothing appended later brings the document
 //!     back: its changes are left out, its log entries are stored. The earliest deletion time counts.
 //! 13. **Vectors are adopted forward.** [`Storage::adopt_origins`] raises counters of other regions' origins after a
-//!     snapshot, never lowers one, and leaves the log below truncated.
+//!     snapshot, never lowers one, and leaves the log below truncated. Which documents the snapshot lacked is noted in the same
+//!     transaction ([`Storage::missing_documents`]): at no moment does a counter claim what is neither here nor noted.
 //! 14. **One seat each.** Of the nodes that have a seat ([`Storage::take_seat`]) no two have the same slot, and at most one
 //!     keeps the links but for a moment. A seat is free again when its process is gone, without anybody waiting for a
 //!     term to run out, or when its machine has not been heard of for some seconds.
+//! 15. **Damage stays in its row.** A row of changes that does not decode is left out of the tail, and named beside it
+//!     ([`StoredDocument::damaged_rows`]); the rest of the document is read, and nothing fails. [`Storage::mend_changes`] gives
+//!     every stored copy of a change the bytes that the caller has for it, and removes rows that do not decode; a change that is
+//!     not stored stays out.
+//! 16. **Members are remembered.** [`Storage::note_member`] keeps when a region was last linked, which never goes back, until
+//!     [`Storage::forget_member`] removes all that is known of it.
 
 mod bundle;
 mod clock;
@@ -66,6 +73,7 @@ use bytes::Bytes;
 use isobar_protocol::ids::{
     ChangeHash, DocumentId, Incarnation, OriginId, PlacementGroup, RegionName, Seq, StorageId,
 };
+use isobar_protocol::link::MissingDocument;
 use isobar_protocol::log::Chain;
 
 /// A change as it is stored: its name and its chunk, exactly as its author made it.
@@ -96,6 +104,8 @@ pub struct StoredOrigin {
     /// The last seq that is stored.
     pub seq: Seq,
     pub chain: Chain,
+    /// A node of this region has claimed it, and may be writing it.
+    pub claimed: bool,
 }
 
 /// Consecutive entries of one origin, to be appended.
@@ -170,6 +180,16 @@ pub struct Acknowledgement {
     pub seq: Seq,
 }
 
+/// Another region that was ever linked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Member {
+    pub region: RegionName,
+    /// When it was linked last, in milliseconds of Unix time.
+    pub linked_at_ms: u64,
+    /// It was away for so long that log entries are given up without it.
+    pub needs_snapshot: bool,
+}
+
 /// A base as it is kept beside a document's tail. The two opaque parts that are needed rarely stay in the
 /// database: the Automerge chunk ([`Storage::read_base_chunk`]) and the index ([`Storage::read_base_index`]).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -213,6 +233,8 @@ pub struct StoredDocument {
     pub base: Option<StoredBase>,
     /// In no particular order: the core orders changes by their dependencies.
     pub tail: Vec<StoredChange>,
+    /// For each row that does not decode, the names of its changes as far as they can be read (clause 15).
+    pub damaged_rows: Vec<Vec<ChangeHash>>,
 }
 
 /// A document in a listing.
@@ -319,6 +341,10 @@ pub trait Storage: Send + Sync + 'static {
     /// together are stored together, and leave at the least cost together.
     async fn prune_changes(&self, document: &DocumentId, covered: &[ChangeHash]) -> Result<(), StorageError>;
 
+    /// Replaces the bytes of stored changes by these, and removes rows that do not decode (clause 15). To be called when
+    /// everything that shall be kept of the document has been appended.
+    async fn mend_changes(&self, document: &DocumentId, good: &[StoredChange]) -> Result<(), StorageError>;
+
     /// Records that the tail holds no covered change any more, if `generation` is still the current base.
     async fn finish_prune(&self, document: &DocumentId, generation: u64) -> Result<(), StorageError>;
 
@@ -344,14 +370,34 @@ pub trait Storage: Send + Sync + 'static {
         older_than: Duration,
     ) -> Result<(), StorageError>;
 
-    /// Raises other regions' origins to where a snapshot was taken, creating those that are not known (clause 13).
-    async fn adopt_origins(&self, origins: &[StoredOrigin]) -> Result<(), StorageError>;
+    /// Raises other regions' origins to where a snapshot was taken, creating those that are not known, and notes which
+    /// documents it lacked (clause 13).
+    async fn adopt_origins(
+        &self,
+        origins: &[StoredOrigin],
+        missing: &[MissingDocument],
+    ) -> Result<(), StorageError>;
+
+    /// The documents that snapshots lacked and that were not found since, in the order of their ids.
+    async fn missing_documents(&self) -> Result<Vec<MissingDocument>, StorageError>;
+
+    /// A document is whole again: what it lacked is stored.
+    async fn document_found(&self, document: &DocumentId) -> Result<(), StorageError>;
 
     /// Notes how far other regions have stored logs; what goes back is ignored.
     async fn note_acknowledgements(&self, news: &[Acknowledgement]) -> Result<(), StorageError>;
 
     /// What was noted.
     async fn acknowledgements(&self) -> Result<Vec<Acknowledgement>, StorageError>;
+
+    /// Notes that a region was linked then, and whether it needs a snapshot (clause 15).
+    async fn note_member(&self, member: &Member) -> Result<(), StorageError>;
+
+    /// The regions that were ever linked, by name (clause 15).
+    async fn members(&self) -> Result<Vec<Member>, StorageError>;
+
+    /// Removes a region and its acknowledgements. Returns whether it was known.
+    async fn forget_member(&self, region: &RegionName) -> Result<bool, StorageError>;
 
     /// Up to `limit` documents after `after` in the order of their ids, deleted and quarantined ones included.
     async fn list_documents(

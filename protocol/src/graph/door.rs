@@ -253,7 +253,8 @@ impl Graph {
     }
 
     /// Stages every pending change whose dependencies are complete now that `hash` is staged. A pending change that
-    /// turns out to break a rule is dropped: whoever sent it was not promised anything.
+    /// turns out to break a rule is dropped: whoever sent it was not promised anything. One for which only the effort of
+    /// checking was used up goes on waiting, until the document is loaded again: others' effort says nothing of it.
     fn stage_dependents(&mut self, hash: ChangeHash, steps: &mut Steps) {
         let mut ready = self.pending.arrived(&hash);
         while let Some(change) = ready.pop() {
@@ -273,6 +274,7 @@ impl Graph {
                     ready.extend(self.pending.arrived(&hash));
                 }
                 Ok(None) => unreachable!("the index is attached when somebody waits"),
+                Err(Refusal::TooTangled) => self.pending.put_back(change, &[]),
                 Err(_) => self.pending.drop_dependents(hash),
             }
         }

@@ -28,6 +28,10 @@ fn document(number: u8) -> DocumentId {
     DocumentId::from_slice(&[number; 16]).unwrap()
 }
 
+fn subject(number: u8) -> Subject {
+    Subject::here(document(number))
+}
+
 fn group(name: &str) -> PlacementGroup {
     PlacementGroup::new(name).unwrap()
 }
@@ -68,7 +72,7 @@ impl Scene {
     }
 
     fn observe(&mut self, name: &str, checkpoint: Checkpoint) -> Vec<Effect> {
-        self.receipts.observe(START, document(1), group(name), checkpoint, &self.positions);
+        self.receipts.observe(START, subject(1), group(name), checkpoint, &self.positions);
         self.receipts.effects()
     }
 
@@ -90,7 +94,7 @@ impl Scene {
 }
 
 fn reached(link: LinkId, head: u8) -> Effect {
-    Effect::Reached { link, document: document(1), heads: heads(head) }
+    Effect::Reached { link, subject: subject(1), heads: heads(head) }
 }
 
 /// The request of the only effect, which asks for these heads.
@@ -215,7 +219,7 @@ fn nothing_of_a_link_that_ended_counts_on_the_next() {
 fn a_document_that_nobody_follows_is_forgotten() {
     let mut scene = Scene::new();
     scene.observe("all", checkpoint(0, 1, &[(NEAR, 5)]));
-    scene.receipts.forget(&document(1));
+    scene.receipts.forget(&subject(1));
     assert_eq!(scene.announce(LINK, NEAR, 5), []);
     assert_eq!(scene.open(LinkId(3), &["all"]), []);
     let waiting = scene.receipts.links.values().flat_map(|link| link.waiting.values().flatten());
@@ -233,7 +237,7 @@ fn questions_under_way_are_bounded_and_none_is_lost() {
     let mut under_way = Vec::new();
     for number in 0..count {
         let checkpoint = checkpoint(7, number, &[]);
-        scene.receipts.observe(START, document(number), group("all"), checkpoint, &scene.positions);
+        scene.receipts.observe(START, subject(number), group("all"), checkpoint, &scene.positions);
         under_way.extend(scene.receipts.effects());
     }
     assert_eq!(under_way.len(), RECEIPT_QUESTIONS_MAX);
@@ -258,4 +262,29 @@ fn a_question_that_is_never_answered_is_asked_again() {
     assert_eq!(scene.tick(RECEIPT_ANSWER_PATIENCE_MS + RECEIPT_LOOK_EVERY_MS), [], "it counts as denied");
     let again = RECEIPT_ANSWER_PATIENCE_MS + RECEIPT_ASK_AGAIN_MS + 2 * RECEIPT_LOOK_EVERY_MS;
     asked(&scene.tick(again), LINK, 1);
+}
+
+#[test]
+fn what_is_known_of_one_nodes_document_says_nothing_of_anothers() {
+    let mut scene = Scene::new();
+    scene.close(OTHER);
+    scene.announce(LINK, NEAR, 5);
+    let sibling = Observer(Uuid::from_u128(1));
+    let of = |observer| Subject { observer, ..subject(1) };
+    let observe = |scene: &mut Scene, observer, checkpoint| {
+        scene.receipts.observe(START, of(observer), group("all"), checkpoint, &scene.positions);
+        scene.receipts.effects()
+    };
+    let request = asked(&scene.observe("all", checkpoint(7, 1, &[(NEAR, 5)])), LINK, 1);
+    assert_eq!(scene.answer(LINK, request, true), [reached(LINK, 1)]);
+    // The sibling numbers its baselines on its own, and has something else by the same number.
+    let request = asked(&observe(&mut scene, sibling, checkpoint(7, 2, &[(NEAR, 5)])), LINK, 2);
+    assert_eq!(scene.observe("all", checkpoint(7, 3, &[(NEAR, 5)])), [reached(LINK, 3)]);
+    assert_eq!(scene.answer(LINK, request, false), []);
+    assert_eq!(observe(&mut scene, sibling, checkpoint(7, 4, &[(NEAR, 5)])), []);
+
+    scene.receipts.forget_observer(sibling);
+    assert_eq!(scene.receipts.followed.keys().collect::<Vec<_>>(), [&subject(1)]);
+    let theirs = observe(&mut scene, sibling, checkpoint(0, 4, &[(NEAR, 5)]));
+    assert_eq!(theirs, [Effect::Reached { link: LINK, subject: of(sibling), heads: heads(4) }]);
 }

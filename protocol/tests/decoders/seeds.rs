@@ -23,11 +23,15 @@ use isobar_protocol::link::handshake::{
 };
 use isobar_protocol::link::{BaseContents, DocumentContents, Fingerprints, LinkFrame, Progress, Standing};
 use isobar_protocol::log::{Chain, Content, Entry, encode_run, erase, open_run};
+use isobar_protocol::notice::{KnownRegion, Notice, Observation, ObserverStanding, Scope};
+use isobar_protocol::receipts::Baseline;
+use isobar_protocol::replica::LinkId;
 use isobar_protocol::sync_message::SyncMessage;
 use isobar_protocol::wire::{
     ClientFrame, PeerMetadata, RemoteHeads, encode_ephemeral, encode_error, encode_join,
     encode_remote_heads_changed, encode_remote_subscription_change, encode_sync, encode_unavailable,
 };
+use uuid::Uuid;
 
 use crate::authors::follow;
 use crate::draft::sealed_as;
@@ -287,6 +291,73 @@ fn link_frames() -> Vec<LinkFrame> {
 fn link_frame_seeds_are_accepted() {
     for seed in seeds("link_frame", || link_frames().iter().map(encode).collect()) {
         decode(seed.into()).unwrap();
+    }
+}
+
+#[test]
+fn notice_seeds_are_accepted() {
+    let (document, node) = (DocumentId::from_slice(&[7; 16]).unwrap(), Uuid::from_u128(5));
+    let (group, region) = (PlacementGroup::new("all").unwrap(), RegionName::new("eu").unwrap());
+    let (storage_id, heads) = (StorageId::new("a storage").unwrap(), vec![ChangeHash([3; 32])]);
+    let make = || {
+        let observation = Observation {
+            document: document.clone(),
+            group: group.clone(),
+            baseline: Baseline(7),
+            heads: heads.clone(),
+            is_closed: true,
+        };
+        let known = KnownRegion {
+            region: region.clone(),
+            storage_id: storage_id.clone(),
+            client_url: Some("wss://eu".into()),
+            link: Some(LinkId(9)),
+        };
+        let urls = vec!["wss://eu".to_owned()];
+        let notices = [
+            Notice::Appended,
+            Notice::Stored { documents: vec![document.clone()] },
+            Notice::Interest {
+                scope: Scope::Sessions(group.clone()),
+                anew: true,
+                add: vec![document.clone()],
+                remove: vec![document.clone()],
+            },
+            Notice::Presence {
+                from_region: true,
+                group: group.clone(),
+                document: document.clone(),
+                sender: "sender".into(),
+                session: "session".into(),
+                count: 300,
+                data: Bytes::from_static(b"cursor"),
+            },
+            Notice::Keeping {
+                regions: vec![known],
+                observers: vec![ObserverStanding { node, epoch: 1, taken: 2, told: 3 }],
+            },
+            Notice::Search { request: 300, group: group.clone(), document: document.clone() },
+            Notice::Searching { node, request: 300 },
+            Notice::Searched { node, request: 300, outcome: Standing::Elsewhere { urls } },
+            Notice::Observed {
+                epoch: 1,
+                number: 2,
+                observed: vec![observation],
+                left: vec![document.clone()],
+            },
+            Notice::Reached {
+                node,
+                epoch: 1,
+                region: region.clone(),
+                storage_id: storage_id.clone(),
+                link: LinkId(9),
+                documents: vec![(document.clone(), heads.clone())],
+            },
+        ];
+        notices.iter().map(|notice| notice.encode().to_vec()).collect()
+    };
+    for seed in seeds("notice", make) {
+        assert!(Notice::decode(&seed.into()).unwrap().is_some());
     }
 }
 

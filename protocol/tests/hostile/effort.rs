@@ -48,6 +48,23 @@ fn work_is_in_proportion_to_the_history() {
 }
 
 #[test]
+fn a_change_that_waits_is_not_dropped_because_others_used_up_the_effort() {
+    let history = returning_authors();
+    let tight = Limits { ancestry_steps_max: 0, ..Limits::default() };
+    let mut graph = Graph::new();
+    let accepted = history.iter().take_while(|it| graph.ingest((*it).clone(), &tight).is_ok()).count() as u64;
+    let came_back = (accepted - 1 - u64::from(RETURNING) - LENGTH) as u8;
+    let last = &history[accepted as usize - 1];
+    let typists_last = &history[(u64::from(RETURNING) + LENGTH) as usize];
+    let dependency = Draft::new(TYPIST, LENGTH + 1, accepted + 1, &[last, typists_last]).change();
+    let waiting = Draft::new(came_back, 2, accepted + 2, &[&dependency]).change();
+    let hash = waiting.hash;
+    assert_eq!(graph.ingest(waiting, &tight), Ok(Ingested::Pending));
+    assert_eq!(graph.ingest(dependency, &tight), Ok(Ingested::Staged(accepted..accepted + 1)));
+    assert!(graph.is_pending(&hash), "it may be checked again when the document is loaded");
+}
+
+#[test]
 fn what_was_accepted_once_is_read_back_without_that_limit() {
     let history = returning_authors();
     for limits in [Limits::default(), Limits { ancestry_steps_max: u64::MAX, ..Limits::default() }] {

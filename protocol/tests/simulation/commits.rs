@@ -138,7 +138,7 @@ impl World {
                 After::Tell(news) => self.call(at, |replica, now| match news {
                     News::Own(progress) => replica.own_appended(now, progress),
                     News::Stored { origin, last, outcome } => replica.stored(now, origin, last, outcome),
-                    News::PageStored => replica.page_stored(now),
+                    News::PageStored => replica.page_stored(now, Vec::new()),
                 }),
                 After::Quarantine { last } => self.record_refused(at, last),
             }

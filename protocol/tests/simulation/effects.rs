@@ -6,7 +6,7 @@ use isobar_protocol::config::{ENTRIES_BYTES, LINK_WINDOW_BYTES};
 use isobar_protocol::ids::{DocumentId, OriginId, PlacementGroup, Seq};
 use isobar_protocol::link::DocumentContents;
 use isobar_protocol::log::{decode_run, encode_run};
-use isobar_protocol::replica::{Effect, LinkId, LogRead, LogSlice};
+use isobar_protocol::replica::{Effect, LinkId, LogRead, LogSlice, Page};
 
 use crate::bases::contents_of;
 use crate::events::Event;
@@ -101,7 +101,7 @@ impl World {
                 }
             }
             Effect::StorePage { documents } => self.store_page(at, documents),
-            Effect::AdoptOrigins { origins } => {
+            Effect::AdoptOrigins { origins, .. } => {
                 let delay = self.rng.range(1, self.plan.commit_ms.max(2));
                 self.after(delay, Event::Adopt { region: at, life, origins });
             }
@@ -207,7 +207,8 @@ impl World {
             })
             .collect();
         let next = rows.next().and(page.last()).map(|last| last.document.clone());
-        self.call(at, |replica, now| replica.page_read(now, link, Some((page, next))));
+        let page = Page { documents: page, missing: Vec::new(), next };
+        self.call(at, |replica, now| replica.page_read(now, link, Some(page)));
     }
 }
 

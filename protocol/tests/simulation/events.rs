@@ -107,6 +107,8 @@ pub enum Event {
     Join,
     /// A region leaves for good.
     Leave(usize),
+    /// A comparison goes on, or begins.
+    Scrub,
 }
 
 #[derive(Debug)]

@@ -29,6 +29,8 @@ pub enum Invariant {
     Convergence,
     /// It reaches those who want it and may have it, from where it was said.
     Presence,
+    /// A comparison reports what was lost, and nothing else.
+    Scrub,
     /// After all is settled, no entry and no document is sent any more.
     Silence,
     /// The core's own assertions.

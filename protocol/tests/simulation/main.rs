@@ -28,6 +28,7 @@ mod region;
 #[allow(dead_code, reason = "the other tests use more of it")]
 #[path = "../convergence/rng.rs"]
 mod rng;
+mod scrubs;
 mod settle;
 mod staging;
 mod storing;
@@ -55,7 +56,7 @@ const TRACE_LINE_BYTES: usize = 400;
 const PROGRESS_EVERY: u64 = 10_000;
 
 /// What every 200 schedules must have met, so that passing means something.
-const REACHED: [&str; 33] = [
+const REACHED: [&str; 37] = [
     "acknowledged",
     "adoptions",
     "bases",
@@ -78,6 +79,7 @@ const REACHED: [&str; 33] = [
     "lost from Entries on",
     "lost from Have on",
     "lost from Unsubscribe on",
+    "losses found",
     "pages",
     "pending",
     "presence",
@@ -87,6 +89,9 @@ const REACHED: [&str; 33] = [
     "regions that left",
     "replays",
     "rollbacks",
+    "scrubs",
+    "scrubs interrupted",
+    "scrubs that saw documents move",
     "truncated reads",
     "truncations",
 ];

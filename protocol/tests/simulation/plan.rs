@@ -108,6 +108,10 @@ pub enum Planted {
     PassPresenceOn,
     /// New links are not told of what was wanted before.
     ForgetInterests,
+    /// Regions look at each other twice without waiting for what is on its way.
+    LookWithoutWaiting,
+    /// Regions note their positions before they look at what they hold.
+    PlaceBeforeLooking,
 }
 
 /// See the module.

@@ -258,3 +258,13 @@ fn receipts_for_what_a_peer_had_on_a_former_link_are_noticed() {
 fn receipts_for_what_no_log_names_and_nobody_asked_about_are_noticed() {
     must_be_noticed_in_the_core(Fault::ReceiptUnasked, &[Invariant::TrueReceipts]);
 }
+
+#[test]
+fn a_second_look_without_waiting_is_noticed() {
+    must_be_noticed(Planted::LookWithoutWaiting, &[Invariant::Scrub]);
+}
+
+#[test]
+fn positions_noted_before_the_look_are_noticed() {
+    must_be_noticed(Planted::PlaceBeforeLooking, &[Invariant::Scrub]);
+}

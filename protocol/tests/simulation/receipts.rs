@@ -2,7 +2,7 @@
 
 use isobar_protocol::ids::{ChangeHash, DocumentId};
 use isobar_protocol::link::LinkFrame;
-use isobar_protocol::receipts::{Baseline, Checkpoint, Effect, Receipts};
+use isobar_protocol::receipts::{Baseline, Checkpoint, Effect, Receipts, Subject};
 use isobar_protocol::replica::{LinkId, Moment, Replica};
 
 use crate::ledger::Invariant;
@@ -51,7 +51,9 @@ impl World {
                 Effect::Ask { link, request, document, heads } => {
                     self.send_beside(at, link, &LinkFrame::HeadsRequest { request, document, heads });
                 }
-                Effect::Reached { link, document, heads } => self.check_receipt(at, link, &document, &heads),
+                Effect::Reached { link, subject, heads } => {
+                    self.check_receipt(at, link, &subject.document, &heads);
+                }
             }
         }
     }
@@ -80,7 +82,7 @@ impl World {
         target.raise(node.own[&group], node.positions[&node.own[&group]].0);
         let checkpoint = Checkpoint { baseline, heads, is_closed, target: target.into() };
         self.call_receipts(at, |receipts, replica, now| {
-            receipts.observe(now, document.clone(), group, checkpoint, replica);
+            receipts.observe(now, Subject::here(document.clone()), group, checkpoint, replica);
         });
     }
 

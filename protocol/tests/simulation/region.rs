@@ -163,6 +163,7 @@ impl Region {
             groups: self.groups.clone(),
             node: NodeId([0; 16]),
             client_url: None,
+            features: BTreeSet::new(),
         }
     }
 }

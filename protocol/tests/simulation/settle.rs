@@ -57,6 +57,7 @@ impl World {
             self.check_promises();
             self.silent = false;
             self.check_presence();
+            self.check_scrub();
         }
         match self.violation {
             Some(violation) => Err(violation),

@@ -17,6 +17,7 @@ use crate::network::{Connection, Pair};
 use crate::plan::{Plan, Planted};
 use crate::region::{Clock, Node, Region};
 use crate::rng::Rng;
+use crate::scrubs::RunningScrub;
 use crate::staging::Touched;
 use crate::trace;
 
@@ -63,6 +64,8 @@ pub struct World {
     pub looked_at: HashMap<(usize, OriginId), Seq>,
     /// Counts what sessions said.
     pub said: u64,
+    pub running_scrub: Option<RunningScrub>,
+    pub scrub_turns: u64,
     links: u64,
 }
 
@@ -95,6 +98,8 @@ impl World {
             moved: BTreeSet::new(),
             looked_at: HashMap::new(),
             said: 0,
+            running_scrub: None,
+            scrub_turns: 0,
             links: 0,
             plan,
         };
@@ -156,6 +161,7 @@ impl World {
             let who = self.rng.below(self.plan.regions);
             self.after(at, Event::Leave(who));
         }
+        self.after(1, Event::Scrub);
     }
 
     pub fn count(&mut self, what: &'static str) {
@@ -225,7 +231,7 @@ impl World {
             let at = self.regions[region].paused_until;
             return self.heap.push(Reverse(Scheduled { at, number, event }));
         }
-        if !matches!(event, Event::Tick(..) | Event::Turn(_)) {
+        if !matches!(event, Event::Tick(..) | Event::Turn(_) | Event::Scrub) {
             trace::note(|| format!("{} {event:?}", self.now));
         }
         match event {
@@ -304,6 +310,7 @@ impl World {
             Event::Start(region) => self.start(region),
             Event::Join => self.join(),
             Event::Leave(region) => self.leave(region),
+            Event::Scrub => self.scrub(),
         }
     }
 

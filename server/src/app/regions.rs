@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use isobar_protocol::ids::StorageId;
+use isobar_protocol::link::FEATURE_PARTS;
 use isobar_protocol::link::handshake::{ClusterId, ClusterKey, Hello, Identity, NodeId, VERSIONS};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -37,17 +38,19 @@ impl Regions {
         let own = parts.committer.progress().borrow().iter().map(|log| log.origin).collect();
         let hello = &identity.hello;
         let (replication, work) =
-            Replication::new(hello.region.clone(), hello.groups.clone(), own, parts).await?;
+            Replication::new(hello.region.clone(), hello.groups.clone(), own, parts.clone()).await?;
         let spawn = |work| tokio::spawn(cancellable(stop.clone(), work));
         let identities = Identities { node: identity, tls: tls.clone() };
         let accept = accept_links(replication.clone(), identities.clone(), metrics.clone(), listener);
         let keep = keep_links(replication.clone(), identities, metrics.clone(), settings.peers.clone());
-        let truncate = replication.clone().truncate_logs(storage, metrics, settings.log_keep());
+        let checks = replication.clone().run_checks(parts, settings.scrub_interval());
+        let truncate = replication.clone().truncate_logs(storage, metrics, settings.keep());
         let tasks = vec![
             spawn(boxed(work)),
             spawn(boxed(accept)),
             spawn(boxed(keep)),
             spawn(boxed(truncate)),
+            spawn(boxed(checks)),
             spawn(boxed(tls.watch())),
         ];
         Ok(Self { replication: Some(replication), address: Some(address), tasks })
@@ -66,6 +69,7 @@ fn identity(settings: &Settings, storage_id: &StorageId) -> anyhow::Result<Ident
         "listening for other regions takes the secret that they share: --cluster-key-file or ISOBAR_CLUSTER_KEY",
     )?;
     let region = settings.region_name()?;
+    let takes_parts = settings.frame_limits.takes_parts;
     Ok(Identity {
         key: ClusterKey::new(key.as_bytes())?,
         cluster: ClusterId::new(&settings.cluster_id)?,
@@ -75,7 +79,7 @@ fn identity(settings: &Settings, storage_id: &StorageId) -> anyhow::Result<Ident
             region,
             node: NodeId(uuid::Uuid::new_v4().into_bytes()),
             storage_id: storage_id.clone(),
-            features: Default::default(),
+            features: takes_parts.then(|| FEATURE_PARTS.to_owned()).into_iter().collect(),
             client_url: settings.advertise.clone(),
         },
     })

@@ -158,9 +158,11 @@ impl Connection {
         let message = Arc::new(message);
         let Some(dropped) = subscription.document.relay(Some(subscription.key), &message) else { return };
         self.node.metrics.lossy_dropped.increment(dropped);
+        let Some(group) = subscription.document.settled_group() else { return };
         if let Some(replication) = &self.node.replication {
-            replication.relay(&message);
+            replication.relay(&group, &message);
         }
+        self.node.exchange.relay(&group, &message);
     }
 }
 

@@ -111,7 +111,7 @@ impl Connection {
 impl Connection {
     /// Looks for a document that is not here in the other regions, once. Returns whether its outcome is to be waited for.
     fn search(&mut self, slot: Slot) -> bool {
-        let Some(replication) = self.node.replication.as_ref().filter(|it| it.is_linked()) else {
+        let Some(replication) = self.node.replication.as_ref().filter(|it| it.can_search()) else {
             return false;
         };
         let subscription = &mut self.subscriptions[slot.0 as usize];

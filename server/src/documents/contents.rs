@@ -22,7 +22,7 @@ use crate::storage::{Deletion, DocumentState, NewBase, StorageError, StoredBase}
 use crate::telemetry::MaterialiseReason;
 
 /// How often a base is read again that was replaced between two reads. Making one takes longer than reading it.
-const BASE_READS_MAX: usize = 5;
+pub(super) const BASE_READS_MAX: usize = 5;
 
 /// Why another region's contents were not taken. What was stored of them stays; they may be offered again.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +56,9 @@ impl Documents {
     pub async fn contents(&self, id: &DocumentId) -> Result<Option<DocumentContents>, LoadError> {
         for _ in 0..BASE_READS_MAX {
             let Some(stored) = self.storage.load_document(id).await? else { return Ok(None) };
+            if !stored.damaged_rows.is_empty() {
+                return Err(LoadError::RowsDamaged { rows: stored.damaged_rows.len() });
+            }
             let deleted_at_ms = match stored.state {
                 DocumentState::Deleted { deleted_at_ms } => Some(deleted_at_ms),
                 DocumentState::Live | DocumentState::Quarantined { .. } => None,
@@ -81,11 +84,11 @@ impl Documents {
     }
 
     /// The base's parts; nothing if it is another one by now.
-    async fn base_contents(
+    pub(super) async fn base_contents(
         &self,
         id: &DocumentId,
         base: &StoredBase,
-    ) -> Result<Option<BaseContents>, LoadError> {
+    ) -> Result<Option<BaseContents>, StorageError> {
         let index = self.storage.read_base_index(id).await?;
         let chunk = self.storage.read_base_chunk(id).await?;
         let (Some((index_of, index)), Some((chunk_of, chunk))) = (index, chunk) else {
@@ -171,13 +174,13 @@ impl Documents {
 }
 
 /// A base whose parts were found to agree.
-struct CheckedBase {
+pub(super) struct CheckedBase {
     contents: BaseContents,
     summary: BaseSummary,
 }
 
 impl CheckedBase {
-    fn new(contents: BaseContents) -> Result<Self, ContentsError> {
+    pub(super) fn new(contents: BaseContents) -> Result<Self, ContentsError> {
         let summary = BaseSummary::decode(&contents.summary)?;
         let index = BaseIndex::decode(&contents.index)?;
         let heads = summary.heads.iter().map(|head| (&head.hash, head.position));

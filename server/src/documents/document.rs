@@ -422,6 +422,24 @@ impl Document {
         true
     }
 
+    /// Takes a quarantined document into service again, with this graph unless it has one of its own: sessions stand in that.
+    pub(super) fn serve_again(&self, graph: Graph, generation: u64, waiting: Vec<ChangeHash>) {
+        let mut state = self.lock();
+        if state.deleted {
+            return;
+        }
+        if state.graph.staged_end() == 0 && state.graph.pending_count() == 0 {
+            self.pending.changed(0, graph.pending_bytes());
+            state.graph = graph;
+            state.generation = generation;
+            state.waiting = waiting.into_iter().map(|hash| (hash, Logged::Stored)).collect();
+            state.ways = Ways::of_loaded(true);
+            state.placed = true;
+        }
+        state.quarantined = false;
+        state.mark_all();
+    }
+
     /// How many changes wait for a dependency.
     pub fn pending_count(&self) -> usize {
         self.lock().graph.pending_count()

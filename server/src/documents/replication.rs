@@ -20,6 +20,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use isobar_protocol::change::Change;
@@ -67,8 +68,8 @@ pub(super) struct Part {
     pub(super) document: DocumentId,
     pub(super) group: PlacementGroup,
     pub(super) changes: Vec<Change>,
-    /// It came with a run that the replica handed over.
-    in_run: bool,
+    /// It came with a run that counts as taken in, for receipts, before any of it is in the document.
+    pub(super) in_run: bool,
     /// Changes with a name that cannot be read: a newer program let them in.
     unreadable: Vec<StoredChange>,
     deleted_at_ms: Option<u64>,
@@ -167,6 +168,7 @@ impl Documents {
         run: ReceivedRun,
         committer: &Committer,
     ) -> impl Future<Output = Stored> + Send + use<> {
+        let applying = Applying::begin(self);
         let permits = committer.reserve_received(run.body.len()).await;
         let append = RunAppend {
             origin: run.origin,
@@ -183,25 +185,36 @@ impl Documents {
         let placed = self.place(parts, Some(append), permits, committer).await;
         let (documents, committer) = (self.clone(), committer.clone());
         async move {
-            match documents.finish(placed, &committer).await {
+            let finished = documents.finish(placed, &committer).await;
+            drop(applying);
+            match finished {
                 Ok(stored) => stored,
                 Err(Stopped) => std::future::pending().await,
             }
         }
     }
 
-    /// Deletes a document for good, in every region. Returns false if that had been done. A document that is not known here
-    /// gets a tombstone too: another region may have it.
+    /// Whether a run is under way whose changes may be durable in documents before its log entries are.
+    pub(crate) fn is_applying(&self) -> bool {
+        self.applying.load(Ordering::SeqCst) > 0
+    }
+
+    /// Deletes a document for good, in every region of its group. Returns false if that had been done. A document that is not
+    /// known here gets a tombstone too: another region may have it.
     pub async fn delete(&self, id: &DocumentId, committer: &Committer) -> Result<bool, DeleteError> {
         let stored = self.storage.load_document(id).await?;
         let group = match stored {
             Some(stored) if matches!(stored.state, DocumentState::Deleted { .. }) => return Ok(false),
             Some(stored) => stored.group,
-            None => match self.resident(id) {
-                Some(document) => document.group(),
-                None => self.default_group.clone(),
-            },
+            // Whoever waits for a document that is not there has not settled its group.
+            None => {
+                let settled = self.resident(id).and_then(|document| document.settled_group());
+                settled.unwrap_or_else(|| self.default_group.clone())
+            }
         };
+        if !committer.progress().borrow().iter().any(|log| log.group == group) {
+            return Err(DeleteError::OutsideGroup(group));
+        }
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let deleted_at_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
         committer.delete(Deletion { document: id.clone(), group, deleted_at_ms }).await?;
@@ -352,12 +365,31 @@ impl Documents {
     }
 }
 
+/// A run that is being stored, until it is.
+struct Applying(Arc<Documents>);
+
+impl Applying {
+    fn begin(documents: &Arc<Documents>) -> Self {
+        documents.applying.fetch_add(1, Ordering::SeqCst);
+        Self(documents.clone())
+    }
+}
+
+impl Drop for Applying {
+    fn drop(&mut self) {
+        self.0.applying.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
 /// Why a document was not deleted.
 #[derive(Debug, thiserror::Error)]
 pub enum DeleteError {
     /// Whether it was deleted could not be read. Nothing was stored.
     #[error(transparent)]
     Storage(#[from] StorageError),
+    /// The region has left the document's group since, so it could tell nobody. Nothing was stored.
+    #[error("the document is of the placement group {0}, which this region is not in any more")]
+    OutsideGroup(PlacementGroup),
     /// The deletion may or may not be stored.
     #[error(transparent)]
     Stopped(#[from] Stopped),

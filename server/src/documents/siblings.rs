@@ -18,6 +18,7 @@ use isobar_protocol::ids::{ChangeHash, DocumentId, PlacementGroup};
 use isobar_protocol::log::Opened;
 
 use super::contents::{ContentsError, parse};
+use super::receipts::TakingContents;
 use super::replication::{Part, by_document};
 use super::{Document, Documents, LoadError};
 use crate::commit::{Committer, Logged};
@@ -25,7 +26,8 @@ use crate::storage::{DocumentState, StorageError, StoredBase};
 use crate::telemetry::MaterialiseReason;
 
 impl Documents {
-    /// Has documents in memory take what a sibling's log says. Returns how many changes they were offered.
+    /// Has documents in memory take what a log says that this node did not store. Returns how many changes they were offered.
+    /// For receipts this part of the log must count as taken in by now.
     pub async fn follow(
         self: &Arc<Self>,
         entries: Vec<(DocumentId, Opened)>,
@@ -33,7 +35,8 @@ impl Documents {
         committer: &Committer,
     ) -> u64 {
         let mut taken = 0;
-        for part in by_document(entries, group) {
+        for mut part in by_document(entries, group) {
+            part.in_run = true;
             if part.is_deletion() {
                 self.deleted(&part.document);
             } else if self.has_slot(&part.document) {
@@ -72,6 +75,8 @@ impl Documents {
         let document = self.resident_or_loading(id, &self.default_group).await?;
         let Some(stored) = self.storage.load_document(id).await? else { return Ok(()) };
         self.metrics.refreshes.increment(1);
+        // Which logs name what is found is not known.
+        let _taking = TakingContents::begin(&document);
         match stored.state {
             DocumentState::Deleted { .. } => self.deleted(id),
             DocumentState::Quarantined { .. } => document.lock().quarantine(),

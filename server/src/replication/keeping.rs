@@ -5,10 +5,9 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Instant;
 
 use isobar_protocol::ids::{OriginId, PlacementGroup, RegionName};
-use isobar_protocol::link::{LinkFrame, Progress};
+use isobar_protocol::link::{LinkFrame, MissingDocument, Progress};
 use isobar_protocol::replica::Replica;
 use tokio::sync::{mpsc, watch};
 
@@ -32,13 +31,8 @@ pub(super) struct Keeping {
 impl Shared {
     /// Takes up how far the other regions are, as it was noted last by whoever kept the links.
     pub(super) async fn read_acknowledgements(&self, storage: &dyn Storage) -> Result<(), StorageError> {
+        self.read_members(storage).await?;
         let noted = storage.acknowledgements().await?;
-        let now = Instant::now();
-        let mut heard = self.heard.lock();
-        noted.iter().for_each(|it| {
-            heard.entry(it.region.clone()).or_insert(now);
-        });
-        drop(heard);
         let mut acknowledged = self.acknowledged.lock();
         for it in noted {
             let seq = acknowledged.entry((it.region, it.origin)).or_insert(it.seq);
@@ -65,8 +59,8 @@ impl Keeping {
                     None => return,
                 },
             }
-            let replica = match self.replica().await {
-                Ok(replica) => replica,
+            let (replica, missing) = match self.replica().await {
+                Ok(made) => made,
                 Err(error) => {
                     tracing::warn!(%error, "links not kept yet, trying on");
                     tokio::time::sleep(RETRY).await;
@@ -75,6 +69,9 @@ impl Keeping {
             };
             let (events, answers) = mpsc::channel(EVENTS_MAX);
             let mut task = Task::new(replica, self.parts.clone(), self.shared.clone(), &events);
+            task.want(missing);
+            // What was observed before was for another to find out.
+            self.parts.receipts.look_anew();
             let ended = tokio::select! {
                 () = task.run(&mut self.queue, answers) => true,
                 _ = becomes(&mut keeps, false) => false,
@@ -86,7 +83,8 @@ impl Keeping {
         }
     }
 
-    async fn replica(&self) -> Result<Replica, StorageError> {
+    /// The replica, and what snapshots of before lacked.
+    async fn replica(&self) -> Result<(Replica, Vec<MissingDocument>), StorageError> {
         self.shared.read_acknowledgements(&*self.parts.storage).await?;
         let origins = self.parts.storage.origins().await?.into_iter().map(|it| Progress {
             origin: it.id,
@@ -95,7 +93,9 @@ impl Keeping {
             seq: it.seq,
             chain: it.chain,
         });
-        Ok(Replica::new(self.region.clone(), self.groups.clone(), origins.collect(), self.own.clone()))
+        let missing = self.parts.storage.missing_documents().await?;
+        let origins = origins.collect();
+        Ok((Replica::new(self.region.clone(), self.groups.clone(), origins, self.own.clone()), missing))
     }
 }
 

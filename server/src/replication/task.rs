@@ -1,25 +1,36 @@
 //! The task that owns the replica: turns events into its calls, and keeps what is seen from outside up to date.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use isobar_protocol::ids::{OriginId, RegionName, Seq};
-use isobar_protocol::link::{LinkFrame, Progress};
-use isobar_protocol::receipts::Receipts;
+use isobar_protocol::ids::{OriginId, PlacementGroup, RegionName, Seq};
+use isobar_protocol::link::{FEATURE_PARTS, LinkFrame, Progress};
+use isobar_protocol::receipts::{Observer, Receipts, Target};
 use isobar_protocol::replica::{LinkId, LinkStatus, Moment, Peer, Replica};
 use tokio::sync::{mpsc, oneshot};
 
+use super::members::NOTE_EVERY;
 use super::outgoing::Outgoing;
-use super::{Event, Parts, SearchOutcome, Shared, View};
+use super::snapshot::Audience;
+use super::{Event, Lag, Parts, SearchOutcome, Shared, View};
 use crate::commit::OwnProgress;
 use crate::storage::Acknowledgement;
 
+mod answers;
 mod effects;
 mod exchange;
+mod log_bytes;
+mod missing;
 mod receipts;
+pub(super) mod scrub;
+mod siblings;
 
+use answers::Answers;
 use exchange::Exchange;
+use log_bytes::LogBytes;
+use missing::Wanted;
+use siblings::Observers;
 
 /// How often the replica is told that time has passed.
 const TICK: Duration = Duration::from_millis(10);
@@ -33,6 +44,9 @@ struct Up {
     /// Whether the region whose name comes first dialled it: of two links between the same regions that one stays.
     dialled_by_first: bool,
     outgoing: Arc<Outgoing>,
+    /// For whom documents are read that the peer asks for.
+    audience: Audience,
+    answers: Answers,
 }
 
 /// The task. See the module.
@@ -43,11 +57,20 @@ pub(super) struct Task {
     events: mpsc::WeakSender<Event>,
     links: HashMap<LinkId, Up>,
     exchange: Exchange,
+    /// What a snapshot lacked.
+    wanted: Wanted,
+    log_bytes: LogBytes,
     receipts: Receipts,
+    observers: Observers,
+    /// The last target of each group.
+    targets: BTreeMap<PlacementGroup, Target>,
+    scrubs: scrub::Scrubs,
     /// Ends when the last run of an origin has taken its place in the queue to the log.
     last_placed: HashMap<OriginId, oneshot::Receiver<()>>,
     /// Acknowledgements that are not noted in the database yet.
     unnoted: HashMap<(RegionName, OriginId), Seq>,
+    /// When it was noted last which regions are linked.
+    members_noted: Instant,
     started: Instant,
 }
 
@@ -65,9 +88,15 @@ impl Task {
             events: events.downgrade(),
             links: HashMap::new(),
             exchange: Exchange::default(),
+            wanted: Wanted::default(),
+            log_bytes: LogBytes::default(),
             receipts: Receipts::default(),
+            observers: Observers::default(),
+            targets: BTreeMap::new(),
+            scrubs: scrub::Scrubs::default(),
             last_placed: HashMap::new(),
             unnoted: HashMap::new(),
+            members_noted: Instant::now(),
             started: Instant::now(),
         }
     }
@@ -108,7 +137,8 @@ impl Task {
                     let own = progress.borrow_and_update().clone();
                     let region = self.replica.region().clone();
                     own.into_iter().for_each(|own| {
-                        let OwnProgress { origin, group, seq, chain } = own;
+                        self.log_bytes.note(&own);
+                        let OwnProgress { origin, group, seq, chain, .. } = own;
                         let progress = Progress { origin, region: region.clone(), group, seq, chain };
                         self.replica.own_appended(now, progress);
                     });
@@ -130,6 +160,7 @@ impl Task {
         let links: Vec<LinkId> = self.links.keys().copied().collect();
         links.into_iter().for_each(|link| self.close(link, reason));
         self.shared.presence_wanted.store(false, std::sync::atomic::Ordering::Relaxed);
+        self.parts.exchange.regions_want(Vec::new());
         *self.shared.view.lock() = View::default();
     }
 
@@ -147,13 +178,24 @@ impl Task {
             }
             Event::Stored { origin, last, outcome } => self.replica.stored(now, origin, last, outcome),
             Event::PageRead { link, page } => self.replica.page_read(now, link, page),
-            Event::PageStored => self.replica.page_stored(now),
-            Event::Adopted { origins } => self.replica.adopted(now, &origins),
+            Event::PageStored { unusable } => self.replica.page_stored(now, unusable),
+            Event::Adopted { origins, missing } => {
+                self.replica.adopted(now, &origins);
+                self.want(missing);
+            }
             Event::Search { document, group, found } => self.search(document, group, found),
-            Event::Reply { link, frame } => self.send(link, frame),
-            Event::Fetched { request } => self.exchange.settle(request, &SearchOutcome::Found),
-            Event::Presence(message) => self.relay_presence(&message),
-            Event::Observed { observed, left } => self.observe(observed, &left),
+            Event::Fetched { request, stored: true } => {
+                self.exchange.settle(request, &SearchOutcome::Found);
+            }
+            Event::Fetched { request, stored: false } => self.exchange.give_up(request),
+            Event::WantedStored { document, request, stored } => {
+                self.wanted_stored(&document, request, stored);
+            }
+            Event::Presence { group, message } => self.relay_presence(&group, &message),
+            Event::Observed { observed, left } => self.observe(Observer::HERE, observed, left, &[]),
+            Event::Told { by, notice } => self.told(by, notice),
+            Event::OriginsRead(origins) => self.origins_read(origins),
+            Event::Scrub(call) => self.scrub_call(call),
         }
     }
 
@@ -172,19 +214,38 @@ impl Task {
             }
             self.close(previous, "another link to this region took its place");
         }
+        let peer = self.in_known_groups(peer);
         tracing::info!(region = %peer.region, "region linked");
         self.parts.metrics.linked(&peer.region, true);
         self.shared.linked.lock().insert(peer.region.clone(), link);
         self.shared.known.lock().insert(peer.region.clone(), peer.clone());
-        self.shared.heard.lock().insert(peer.region.clone(), Instant::now());
+        self.note_linked(&peer.region);
         self.replica.link_opened(self.now(), link, peer.clone());
-        self.links.insert(link, Up { peer, dialled_by_first, outgoing });
+        let takes_parts = peer.features.contains(FEATURE_PARTS);
+        let contents_bytes_max = self.parts.frame_limits.contents_bytes_max(takes_parts);
+        let audience = Audience { groups: peer.groups.clone(), contents_bytes_max };
+        let answers = Answers::new(outgoing.clone());
+        self.links.insert(link, Up { peer, dialled_by_first, outgoing, audience, answers });
         let groups = self.links[&link].peer.groups.clone();
         self.receipts.link_opened(self.now(), link, groups, &self.replica);
         self.perform_receipts();
         self.offer_interests(link);
         self.offer_searches(link);
+        self.state_keeping();
         true
+    }
+
+    /// The peer with those of its groups that this region's settings agree on: a region that is configured wrongly shall not
+    /// be sent what all others keep from it.
+    fn in_known_groups(&self, mut peer: Peer) -> Peer {
+        let known = self.parts.groups.of(&peer.region);
+        let claimed = std::mem::replace(&mut peer.groups, known);
+        peer.groups.retain(|group| claimed.contains(group));
+        if claimed != self.parts.groups.of(&peer.region) {
+            tracing::warn!(region = %peer.region, ?claimed, agreed = ?peer.groups,
+                "placement groups are configured otherwise in that region");
+        }
+        peer
     }
 
     fn close(&mut self, link: LinkId, reason: &str) {
@@ -199,17 +260,22 @@ impl Task {
     fn closed(&mut self, link: LinkId) {
         let Some(up) = self.links.remove(&link) else { return };
         up.outgoing.close();
+        up.answers.close();
         self.parts.receipts.forget(&up.peer.region);
         let mut linked = self.shared.linked.lock();
         if linked.get(&up.peer.region) == Some(&link) {
             linked.remove(&up.peer.region);
             tracing::warn!(region = %up.peer.region, "region not linked any more");
             self.parts.metrics.linked(&up.peer.region, false);
+            self.note_linked(&up.peer.region);
         }
         drop(linked);
         self.exchange.link_closed(link);
+        self.wanted.link_closed(link);
         self.receipts.link_closed(link);
+        self.scrubs.link_closed(link);
         self.replica.link_closed(self.now(), link);
+        self.state_keeping();
     }
 
     fn receive(&mut self, link: LinkId, frame: LinkFrame) {
@@ -218,7 +284,8 @@ impl Task {
             tracing::warn!(region = %up.peer.region, message, "region ended the link");
             return self.closed(link);
         }
-        if let Some(frame) = self.receive_exchange(link, frame) {
+        let frame = self.receive_scrub(link, frame);
+        if let Some(frame) = frame.and_then(|frame| self.receive_exchange(link, frame)) {
             let announces = matches!(frame, LinkFrame::Have { .. });
             self.replica.receive(self.now(), link, frame);
             if announces {
@@ -237,18 +304,54 @@ impl Task {
     fn look_after(&mut self) {
         self.refresh_interests();
         self.exchange.expire();
+        self.ask_for_wanted();
+        self.look_after_siblings();
+        self.scrubs.expire();
         let now = self.now();
         let links: Vec<LinkStatus> = self.replica.links().collect();
         let waiting: usize = self.links.values().map(|up| up.outgoing.len()).sum();
         self.parts.metrics.link_frames_waiting.set(waiting as f64);
+        let answers: usize = self.links.values().map(|up| up.answers.under_way()).sum();
+        self.parts.metrics.link_answers_waiting.set(answers as f64);
+        let bulk_bytes: usize = self.links.values().map(|up| up.outgoing.bulk_bytes()).sum();
+        self.parts.metrics.link_bytes_waiting.set(bulk_bytes as f64);
         for status in &links {
-            self.parts.metrics.link(status, lag_ms(now, status));
-            self.shared.heard.lock().insert(status.region.clone(), Instant::now());
+            self.parts.metrics.link(status, self.lag(now, status));
         }
-        let lags_ms = links.iter().map(|status| lag_ms(now, status)).collect();
+        if self.members_noted.elapsed() >= NOTE_EVERY {
+            self.members_noted = Instant::now();
+            links.iter().for_each(|status| self.note_linked(&status.region));
+        }
+        let lags = links.iter().map(|status| self.lag(now, status)).collect();
         let forked = self.replica.forked().collect();
-        *self.shared.view.lock() = View { vector: self.replica.vector(), links, lags_ms, forked };
+        let missing = self.wanted.documents().collect();
+        let fetch = self.replica.fetch_status(now);
+        *self.shared.view.lock() =
+            View { vector: self.replica.vector(), links, lags, forked, missing, fetch };
         self.note_acknowledgements();
+    }
+
+    fn lag(&self, now: Moment, status: &LinkStatus) -> Lag {
+        let acknowledged = self.shared.acknowledged.lock();
+        let has = |origin| acknowledged.get(&(status.region.clone(), origin)).copied().unwrap_or(Seq(0));
+        let groups = self.links.get(&status.link).map(|up| &up.peer.groups);
+        Lag {
+            ms: status.unacknowledged_since.map_or(0, |since| now.0.saturating_sub(since.0)),
+            bytes: groups.map_or(0, |groups| self.log_bytes.lacking(groups, has)),
+        }
+    }
+
+    /// Has it noted that a region was linked until now.
+    fn note_linked(&self, region: &RegionName) {
+        let member = self.shared.is_linked_now(region);
+        self.parts.metrics.needs_snapshot(region, false);
+        let storage = self.parts.storage.clone();
+        tokio::spawn(async move {
+            // It is said again soon, unless it is not so any more.
+            if let Err(error) = storage.note_member(&member).await {
+                tracing::warn!(region = %member.region, %error, "link not noted");
+            }
+        });
     }
 
     fn note_acknowledgements(&mut self) {
@@ -266,9 +369,4 @@ impl Task {
             }
         });
     }
-}
-
-/// How long a peer has lacked the oldest entry of this node's own that it lacks.
-fn lag_ms(now: Moment, status: &LinkStatus) -> u64 {
-    status.unacknowledged_since.map_or(0, |since| now.0.saturating_sub(since.0))
 }

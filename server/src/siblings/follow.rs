@@ -15,8 +15,9 @@ use std::time::Duration;
 
 use isobar_protocol::config::Limits;
 use isobar_protocol::ids::{OriginId, Seq};
-use isobar_protocol::log::open_run;
+use isobar_protocol::log::{Opened, open_run};
 
+use super::exchange::{self, Exchange};
 use crate::commit::Committer;
 use crate::documents::Documents;
 use crate::storage::{Storage, StorageError, StoredOrigin, StoredRun};
@@ -53,6 +54,7 @@ pub struct Follower {
     /// The documents in memory may lack what no log says.
     refresh_due: bool,
     failing: bool,
+    exchange: Arc<Exchange>,
     on_origins: OnOrigins,
 }
 
@@ -60,18 +62,18 @@ impl Follower {
     /// `on_origins` is told of the origins of others whenever they were read.
     pub fn new(
         storage: Arc<dyn Storage>,
-        documents: Arc<Documents>,
-        committer: Committer,
-        metrics: Arc<Metrics>,
+        exchange: Arc<Exchange>,
         Positions(positions): Positions,
         on_origins: impl Fn(&[StoredOrigin]) + Send + 'static,
     ) -> Self {
+        let exchange::Parts { documents, committer, metrics, .. } = exchange.parts.clone();
         let own = committer.progress().borrow().iter().map(|log| log.origin).collect();
         Self {
             storage,
             documents,
             committer,
             metrics,
+            exchange,
             own,
             positions,
             refresh_due: false,
@@ -94,6 +96,12 @@ impl Follower {
             }
             Err(_) => {}
         }
+        for document in self.exchange.take_unlogged() {
+            if let Err(error) = self.documents.refresh(&document, &self.committer).await {
+                tracing::warn!(%document, %error, "document not refreshed");
+                self.refresh_due = true;
+            }
+        }
         if std::mem::take(&mut self.refresh_due) && !self.documents.refresh_all(&self.committer).await {
             self.refresh_due = true;
         }
@@ -110,6 +118,13 @@ impl Follower {
     }
 
     async fn follow_origin(&mut self, origin: &StoredOrigin) -> Result<(), StorageError> {
+        if self.positions.get(&origin.id).is_some_and(|position| *position > origin.seq) {
+            // The database has lost commits, in a failover perhaps. What comes back is news again.
+            tracing::warn!(origin = %origin.id.0, seq = origin.seq.0, "a log is shorter than it was");
+            self.positions.insert(origin.id, origin.seq);
+            self.refresh_due = true;
+            return Ok(());
+        }
         loop {
             // Of an origin that is new everything is news.
             let before = self.positions.get(&origin.id).copied().unwrap_or(Seq(0));
@@ -136,9 +151,16 @@ impl Follower {
     }
 
     async fn take(&mut self, origin: &StoredOrigin, run: &StoredRun) {
+        // Before any of it is in a document: then heads that hold it are never looked at without it.
+        self.exchange.note_followed(origin, run.last);
         match open_run(&run.body, &Limits::stored()) {
             Ok(entries) => {
-                let taken = self.documents.follow(entries, &origin.group, &self.committer).await;
+                if entries.iter().any(|(_, opened)| matches!(opened, Opened::Tombstone { .. })) {
+                    // Bytes of deleted documents go at once, and storage has erased them where they stand.
+                    self.committer.recent_log().clear();
+                }
+                let followed = self.documents.follow(entries, &origin.group, &self.committer);
+                let taken = followed.await;
                 self.metrics.followed_changes.increment(taken);
             }
             Err(error) => {

@@ -13,7 +13,7 @@
 //! pruned; whoever reads a tail takes the first of them, and sees each change once. It comes twice only where two
 //! nodes receive it at once: a node knows what its documents hold.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use bytes::Bytes;
 use isobar_protocol::ids::{ChangeHash, DocumentId, OriginId, Seq};
@@ -114,12 +114,20 @@ fn try_unpack(hashes: &[u8], changes: &Bytes) -> Option<Vec<StoredChange>> {
 #[derive(Default)]
 pub(super) struct Tail {
     bundles: Vec<(Seq, Vec<StoredChange>)>,
+    damaged: Vec<Vec<ChangeHash>>,
 }
 
 impl Tail {
-    pub fn push(&mut self, first: Seq, hashes: &[u8], changes: &Bytes) -> Result<(), StorageError> {
-        self.bundles.push((first, unpack(hashes, changes)?));
-        Ok(())
+    pub fn push(&mut self, first: Seq, hashes: &[u8], changes: &Bytes) {
+        match try_unpack(hashes, changes) {
+            Some(unpacked) => self.bundles.push((first, unpacked)),
+            None => self.damaged.push(names(hashes)),
+        }
+    }
+
+    /// For each bundle that did not decode, the names in it.
+    pub fn take_damaged(&mut self) -> Vec<Vec<ChangeHash>> {
+        std::mem::take(&mut self.damaged)
     }
 
     /// Each change once: of those that an origin brought twice, the earlier.
@@ -131,6 +139,48 @@ impl Tail {
         changes.retain(|change| seen.insert(change.hash));
         changes
     }
+}
+
+/// The names in a bundle, as far as they are whole.
+fn names(hashes: &[u8]) -> Vec<ChangeHash> {
+    hashes.chunks(32).filter_map(|hash| ChangeHash::from_slice(hash).ok()).collect()
+}
+
+/// A bundle of one document, whole.
+#[derive(sqlx::FromRow)]
+pub(super) struct WholeBundle {
+    pub origin: Vec<u8>,
+    pub first_seq: i64,
+    pub hashes: Vec<u8>,
+    pub changes: Vec<u8>,
+}
+
+/// What is to be done with a bundle.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Mending {
+    Keep,
+    /// Its changes are to be these.
+    Replace(Vec<u8>),
+    Remove,
+}
+
+impl WholeBundle {
+    pub fn mending(&self, good: &HashMap<ChangeHash, Bytes>) -> Mending {
+        let stored = Bytes::copy_from_slice(&self.changes);
+        let Some(unpacked) = try_unpack(&self.hashes, &stored) else { return Mending::Remove };
+        let mut changes = Vec::with_capacity(self.changes.len());
+        for StoredChange { hash, bytes } in &unpacked {
+            let bytes = good.get(hash).unwrap_or(bytes);
+            push_leb128(&mut changes, bytes.len() as u64);
+            changes.extend_from_slice(bytes);
+        }
+        if changes == self.changes { Mending::Keep } else { Mending::Replace(changes) }
+    }
+}
+
+/// Changes by their names.
+pub(super) fn by_name(changes: &[StoredChange]) -> HashMap<ChangeHash, Bytes> {
+    changes.iter().map(|change| (change.hash, change.bytes.clone())).collect()
 }
 
 /// How much of a bundle a set of hashes covers.
@@ -264,9 +314,11 @@ mod tests {
     fn a_tail_holds_each_change_once_and_the_first_counts() {
         let mut tail = Tail::default();
         let (hashes, changes) = columns(&[change(2, 4), change(1, 9)]);
-        tail.push(Seq(2), &hashes, &changes).unwrap();
+        tail.push(Seq(2), &hashes, &changes);
         let (hashes, changes) = columns(&[change(1, 5)]);
-        tail.push(Seq(1), &hashes, &changes).unwrap();
+        tail.push(Seq(1), &hashes, &changes);
+        tail.push(Seq(3), &hashes, &changes.slice(1..));
+        assert_eq!(tail.take_damaged(), [[change(1, 5).hash]]);
         assert_eq!(tail.into_changes(), [change(1, 5), change(2, 4)]);
     }
 

@@ -121,8 +121,8 @@ pub(super) fn judge_refused(runs: &[RunAppend], found: &[Option<FoundCounter>]) 
     Err(StorageError::Transient("another node was appending at the same moment".into()))
 }
 
-/// Whether the batch had committed before. A run of this node's own is there only if the whole batch is; the runs of
-/// other regions' origins may have been stored by another node, and count if they are the same.
+/// Whether the batch had committed before. A run of this node's own is there only if the whole batch is. Runs of other
+/// regions' origins say nothing of the batch: another node may have stored the very same, and nothing else of it.
 fn is_stored(runs: &[RunAppend], found: &[Option<FoundCounter>]) -> bool {
     let has_own = runs.iter().any(|run| matches!(run.writer, Writer::Own { .. }));
     runs.iter().zip(found).all(|(run, found)| {
@@ -132,7 +132,7 @@ fn is_stored(runs: &[RunAppend], found: &[Option<FoundCounter>]) -> bool {
             Writer::Own { incarnation } => {
                 found.holds(run) && (found.incarnation != incarnation || found.seq == run.last)
             }
-            Writer::Other { .. } => found.seq >= run.last && (has_own || found.holds(run)),
+            Writer::Other { .. } => has_own && found.seq >= run.last,
         }
     })
 }
@@ -218,7 +218,6 @@ mod tests {
     fn a_batch_that_had_committed_is_a_success() {
         assert!(judge_refused(&[own(3, 5)], &[found(2, 5, Some(&own(3, 5)))]).is_ok());
         assert!(judge_refused(&[own(3, 5)], &[found(9, 8, Some(&own(3, 5)))]).is_ok());
-        assert!(judge_refused(&[other(3, 5)], &[found(0, 8, Some(&other(3, 5)))]).is_ok());
         let both = [own(3, 5), other(1, 2)];
         assert!(judge_refused(&both, &[found(2, 5, Some(&own(3, 5))), found(0, 4, None)]).is_ok());
         let mut erased = own(3, 5);
@@ -243,6 +242,9 @@ mod tests {
         }
         let refused = judge_refused(&[other(3, 5)], &[found(0, 2, None)]);
         assert!(matches!(refused, Err(StorageError::Transient(_))));
+        // The same entries do not tell whether the rest of the batch is stored.
+        let refused = judge_refused(&[other(3, 5)], &[found(0, 5, Some(&other(3, 5)))]);
+        assert!(matches!(refused, Err(StorageError::OutOfStep { seq: Seq(5), .. })));
     }
 
     #[test]

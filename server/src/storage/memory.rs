@@ -16,6 +16,7 @@ use bytes::Bytes;
 use isobar_protocol::ids::{
     ChangeHash, DocumentId, Incarnation, OriginId, PlacementGroup, RegionName, Seq, StorageId,
 };
+use isobar_protocol::link::MissingDocument;
 use isobar_protocol::log::Chain;
 use parking_lot::{Mutex, MutexGuard};
 use uuid::Uuid;
@@ -23,9 +24,9 @@ use uuid::Uuid;
 use super::clock::before_now_ms;
 use super::log_run::{check, gather};
 use super::{
-    Acknowledgement, Batch, ClaimedOrigin, DocumentState, ListedDocument, NewBase, Storage, StorageError,
-    StorageStatistics, StoredBase, StoredChange, StoredDocument, StoredOrigin, StoredRun, check_settable,
-    new_storage_id,
+    Acknowledgement, Batch, ClaimedOrigin, DocumentState, ListedDocument, Member, NewBase, Storage,
+    StorageError, StorageStatistics, StoredBase, StoredChange, StoredDocument, StoredOrigin, StoredRun,
+    check_settable, new_storage_id,
 };
 
 /// A handle to a store in memory.
@@ -42,6 +43,9 @@ struct Database {
     documents: BTreeMap<DocumentId, Document>,
     tombstones: BTreeMap<DocumentId, Tombstone>,
     acknowledgements: BTreeMap<(RegionName, OriginId), Seq>,
+    members: BTreeMap<RegionName, Member>,
+    /// What snapshots lacked.
+    missing: BTreeMap<DocumentId, PlacementGroup>,
     /// By slot.
     seats: BTreeMap<u32, seat::Taken>,
     /// The node that keeps the links.
@@ -209,6 +213,7 @@ impl Storage for MemoryStorage {
             group: origin.group.clone(),
             seq: origin.seq,
             chain: origin.chain,
+            claimed: origin.slot.is_some(),
         };
         Ok(self.database()?.origins.iter().map(stored).collect())
     }
@@ -222,7 +227,13 @@ impl Storage for MemoryStorage {
         let database = self.database()?;
         if let Some(tombstone) = database.tombstones.get(document) {
             let (group, state) = (tombstone.group.clone(), tombstone.state());
-            return Ok(Some(StoredDocument { group, state, base: None, tail: Vec::new() }));
+            return Ok(Some(StoredDocument {
+                group,
+                state,
+                base: None,
+                tail: Vec::new(),
+                damaged_rows: Vec::new(),
+            }));
         }
         Ok(database.documents.get(document).map(|found| StoredDocument {
             group: found.group.clone(),
@@ -238,6 +249,7 @@ impl Storage for MemoryStorage {
                 .iter()
                 .map(|(&hash, bytes)| StoredChange { hash, bytes: bytes.clone() })
                 .collect(),
+            damaged_rows: Vec::new(),
         }))
     }
 
@@ -276,6 +288,17 @@ impl Storage for MemoryStorage {
             covered.iter().for_each(|hash| {
                 row.changes.remove(hash);
             });
+        }
+        Ok(())
+    }
+
+    async fn mend_changes(&self, document: &DocumentId, good: &[StoredChange]) -> Result<(), StorageError> {
+        if let Some(row) = self.database()?.documents.get_mut(document) {
+            for change in good {
+                if let Some(bytes) = row.changes.get_mut(&change.hash) {
+                    *bytes = change.bytes.clone();
+                }
+            }
         }
         Ok(())
     }
@@ -336,8 +359,15 @@ impl Storage for MemoryStorage {
         Ok(())
     }
 
-    async fn adopt_origins(&self, origins: &[StoredOrigin]) -> Result<(), StorageError> {
+    async fn adopt_origins(
+        &self,
+        origins: &[StoredOrigin],
+        missing: &[MissingDocument],
+    ) -> Result<(), StorageError> {
         let mut database = self.database()?;
+        for lacking in missing {
+            database.missing.entry(lacking.document.clone()).or_insert_with(|| lacking.group.clone());
+        }
         for adopted in origins {
             let new = || Origin::new(adopted.region.clone(), adopted.group.clone(), None);
             let origin = database.origins.entry(adopted.id).or_insert_with(new);
@@ -348,6 +378,37 @@ impl Storage for MemoryStorage {
             }
         }
         Ok(())
+    }
+
+    async fn missing_documents(&self) -> Result<Vec<MissingDocument>, StorageError> {
+        let missing = |(document, group): (&DocumentId, &PlacementGroup)| MissingDocument {
+            document: document.clone(),
+            group: group.clone(),
+        };
+        Ok(self.database()?.missing.iter().map(missing).collect())
+    }
+
+    async fn document_found(&self, document: &DocumentId) -> Result<(), StorageError> {
+        self.database()?.missing.remove(document);
+        Ok(())
+    }
+
+    async fn note_member(&self, member: &Member) -> Result<(), StorageError> {
+        let mut database = self.database()?;
+        let noted = database.members.entry(member.region.clone()).or_insert_with(|| member.clone());
+        noted.linked_at_ms = noted.linked_at_ms.max(member.linked_at_ms);
+        noted.needs_snapshot = member.needs_snapshot;
+        Ok(())
+    }
+
+    async fn members(&self) -> Result<Vec<Member>, StorageError> {
+        Ok(self.database()?.members.values().cloned().collect())
+    }
+
+    async fn forget_member(&self, region: &RegionName) -> Result<bool, StorageError> {
+        let mut database = self.database()?;
+        database.acknowledgements.retain(|(of, _), _| of != region);
+        Ok(database.members.remove(region).is_some())
     }
 
     async fn note_acknowledgements(&self, news: &[Acknowledgement]) -> Result<(), StorageError> {

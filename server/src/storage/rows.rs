@@ -2,6 +2,7 @@
 
 use bytes::Bytes;
 use isobar_protocol::ids::{DocumentId, Incarnation, OriginId, PlacementGroup, RegionName, Seq};
+use isobar_protocol::link::MissingDocument;
 use isobar_protocol::log::Chain;
 use sqlx::FromRow;
 use uuid::Uuid;
@@ -10,8 +11,8 @@ use super::bundle::Tail;
 use super::failure::{intact, unsigned};
 use super::log_run::{FoundCounter, gather};
 use super::{
-    Acknowledgement, ClaimedOrigin, DocumentState, ListedDocument, StorageError, StoredBase, StoredDocument,
-    StoredOrigin, StoredRun,
+    Acknowledgement, ClaimedOrigin, DocumentState, ListedDocument, Member, StorageError, StoredBase,
+    StoredDocument, StoredOrigin, StoredRun,
 };
 
 const STATE_LIVE: i32 = 0;
@@ -94,6 +95,7 @@ impl LoadedRow {
             state: state(present(self.state, "state")?, self.state_reason, self.deleted_at)?,
             base,
             tail: Vec::new(),
+            damaged_rows: Vec::new(),
         })
     }
 }
@@ -112,10 +114,11 @@ pub(super) fn loaded_document(rows: Vec<LoadedRow>) -> Result<Option<StoredDocum
         } else {
             let first = Seq(unsigned(present(row.first_seq, "seq")?)?);
             let changes = present(row.changes, "changes")?.into();
-            tail.push(first, &present(row.hashes, "hashes")?, &changes)?;
+            tail.push(first, &present(row.hashes, "hashes")?, &changes);
         }
     }
-    Ok(loaded.map(|document| StoredDocument { tail: tail.into_changes(), ..document }))
+    let damaged_rows = tail.take_damaged();
+    Ok(loaded.map(|document| StoredDocument { tail: tail.into_changes(), damaged_rows, ..document }))
 }
 
 /// Of [`super::schema::LIST_DOCUMENTS`].
@@ -239,6 +242,7 @@ pub(super) struct OriginRow {
     placement_group: String,
     seq: i64,
     chain: Vec<u8>,
+    claimed: bool,
 }
 
 impl OriginRow {
@@ -249,6 +253,7 @@ impl OriginRow {
             group: intact(PlacementGroup::new(&self.placement_group))?,
             seq: Seq(unsigned(self.seq)?),
             chain: chain(&self.chain)?,
+            claimed: self.claimed,
         })
     }
 }
@@ -267,6 +272,40 @@ impl AcknowledgementRow {
             region: intact(RegionName::new(&self.region))?,
             origin: origin_id(&self.origin)?,
             seq: Seq(unsigned(self.seq)?),
+        })
+    }
+}
+
+/// Of [`super::schema::READ_MISSING_DOCUMENTS`].
+#[derive(FromRow)]
+pub(super) struct MissingRow {
+    document_id: Vec<u8>,
+    placement_group: String,
+}
+
+impl MissingRow {
+    pub fn missing(self) -> Result<MissingDocument, StorageError> {
+        Ok(MissingDocument {
+            document: intact(DocumentId::from_slice(&self.document_id))?,
+            group: intact(PlacementGroup::new(&self.placement_group))?,
+        })
+    }
+}
+
+/// Of [`super::schema::READ_MEMBERS`].
+#[derive(FromRow)]
+pub(super) struct MemberRow {
+    region: String,
+    linked_at: i64,
+    needs_snapshot: bool,
+}
+
+impl MemberRow {
+    pub fn member(self) -> Result<Member, StorageError> {
+        Ok(Member {
+            region: intact(RegionName::new(&self.region))?,
+            linked_at_ms: unsigned(self.linked_at)?,
+            needs_snapshot: self.needs_snapshot,
         })
     }
 }

@@ -50,6 +50,14 @@ pub(super) const REPLACE_BUNDLE: &str = "\
     UPDATE changes SET hashes = $5, changes = $6 \
     WHERE document_id = $1 AND origin = $2 AND first_seq = $3 AND hashes = $4";
 
+/// The bundles of a document, whole.
+pub(super) const READ_BUNDLES: &str =
+    "SELECT origin, first_seq, hashes, changes FROM changes WHERE document_id = $1";
+
+/// Only if the bundle is still the one that was found (`$4`).
+pub(super) const REMOVE_BUNDLE: &str =
+    "DELETE FROM changes WHERE document_id = $1 AND origin = $2 AND first_seq = $3 AND hashes = $4";
+
 pub(super) const READ_BASE_CHUNK: &str =
     "SELECT generation, chunk AS contents FROM base_contents WHERE document_id = $1";
 
@@ -147,7 +155,7 @@ pub(super) const CLAIM_ORIGIN: &str = "\
     RETURNING id, incarnation, seq, chain";
 
 pub(super) const READ_ORIGINS: &str =
-    "SELECT id, region, placement_group, seq, chain FROM origins ORDER BY id";
+    "SELECT id, region, placement_group, seq, chain, slot IS NOT NULL AS claimed FROM origins ORDER BY id";
 
 /// Raises an origin, or creates it. Whoever held it is fenced.
 pub(super) const ADOPT_ORIGIN: &str = "\
@@ -166,6 +174,27 @@ pub(super) const NOTE_ACKNOWLEDGEMENT: &str = "\
 
 pub(super) const READ_ACKNOWLEDGEMENTS: &str =
     "SELECT region, origin, seq FROM acknowledgements ORDER BY region, origin";
+
+/// What a snapshot lacked.
+pub(super) const PUT_MISSING_DOCUMENT: &str = "\
+    INSERT INTO missing_documents (document_id, placement_group) VALUES ($1, $2) \
+    ON CONFLICT (document_id) DO NOTHING";
+
+pub(super) const READ_MISSING_DOCUMENTS: &str =
+    "SELECT document_id, placement_group FROM missing_documents ORDER BY document_id";
+
+pub(super) const REMOVE_MISSING_DOCUMENT: &str = "DELETE FROM missing_documents WHERE document_id = $1";
+
+pub(super) const NOTE_MEMBER: &str = "\
+    INSERT INTO members (region, linked_at, needs_snapshot) VALUES ($1, $2, $3) \
+    ON CONFLICT (region) DO UPDATE SET needs_snapshot = excluded.needs_snapshot, linked_at = \
+        CASE WHEN members.linked_at < excluded.linked_at THEN excluded.linked_at ELSE members.linked_at END";
+
+pub(super) const READ_MEMBERS: &str = "SELECT region, linked_at, needs_snapshot FROM members ORDER BY region";
+
+pub(super) const REMOVE_ACKNOWLEDGEMENTS: &str = "DELETE FROM acknowledgements WHERE region = $1";
+
+pub(super) const REMOVE_MEMBER: &str = "DELETE FROM members WHERE region = $1";
 
 /// Documents and changes; a change that stands in two bundles counts twice.
 pub(super) const COUNT_ROWS: &str = "\

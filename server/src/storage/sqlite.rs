@@ -8,6 +8,7 @@
 
 mod append;
 mod deletion;
+mod mend;
 mod open;
 mod origins;
 mod prune;
@@ -20,6 +21,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use isobar_protocol::ids::{ChangeHash, DocumentId, OriginId, PlacementGroup, RegionName, Seq, StorageId};
+use isobar_protocol::link::MissingDocument;
 use sqlx::error::DatabaseError;
 use sqlx::sqlite::SqliteConnection;
 use sqlx::{Connection, SqlitePool};
@@ -30,12 +32,13 @@ use super::clock::{before_now_ms, now_ms};
 use super::failure::{clamped, classify, intact, signed, unsigned};
 use super::log_run::{FoundCounter, check, judge_refused};
 use super::rows::{
-    AcknowledgementRow, ContentsRow, CounterRow, ListedRow, OriginRow, loaded_document, read_runs,
-    state_columns,
+    AcknowledgementRow, ContentsRow, CounterRow, ListedRow, MemberRow, MissingRow, OriginRow,
+    loaded_document, read_runs, state_columns,
 };
 use super::{
-    Acknowledgement, Batch, ClaimedOrigin, DocumentState, ListedDocument, NewBase, RunAppend, Storage,
-    StorageError, StorageStatistics, StoredDocument, StoredOrigin, StoredRun, new_storage_id, schema,
+    Acknowledgement, Batch, ClaimedOrigin, DocumentState, ListedDocument, Member, NewBase, RunAppend,
+    Storage, StorageError, StorageStatistics, StoredChange, StoredDocument, StoredOrigin, StoredRun,
+    new_storage_id, schema,
 };
 
 /// A SQLite database that is open.
@@ -248,6 +251,10 @@ impl Storage for SqliteStorage {
         prune::prune(self, document, &covered).await
     }
 
+    async fn mend_changes(&self, document: &DocumentId, good: &[StoredChange]) -> Result<(), StorageError> {
+        mend::mend(self, document, good).await
+    }
+
     async fn finish_prune(&self, document: &DocumentId, generation: u64) -> Result<(), StorageError> {
         sqlx::query(schema::FINISH_PRUNE)
             .bind(document.as_bytes())
@@ -303,9 +310,28 @@ impl Storage for SqliteStorage {
         Ok(())
     }
 
-    async fn adopt_origins(&self, origins: &[StoredOrigin]) -> Result<(), StorageError> {
+    async fn adopt_origins(
+        &self,
+        origins: &[StoredOrigin],
+        missing: &[MissingDocument],
+    ) -> Result<(), StorageError> {
         let mut writer = self.writer().await?;
-        origins::adopt(&mut writer, origins).await.map_err(failed)
+        origins::adopt(&mut writer, origins, missing).await.map_err(failed)
+    }
+
+    async fn missing_documents(&self) -> Result<Vec<MissingDocument>, StorageError> {
+        let rows: Vec<MissingRow> =
+            sqlx::query_as(schema::READ_MISSING_DOCUMENTS).fetch_all(&self.readers).await.map_err(failed)?;
+        rows.into_iter().map(MissingRow::missing).collect()
+    }
+
+    async fn document_found(&self, document: &DocumentId) -> Result<(), StorageError> {
+        sqlx::query(schema::REMOVE_MISSING_DOCUMENT)
+            .bind(document.as_bytes())
+            .execute(&mut *self.writer().await?)
+            .await
+            .map_err(failed)?;
+        Ok(())
     }
 
     async fn note_acknowledgements(&self, news: &[Acknowledgement]) -> Result<(), StorageError> {
@@ -317,6 +343,28 @@ impl Storage for SqliteStorage {
         let rows: Vec<AcknowledgementRow> =
             sqlx::query_as(schema::READ_ACKNOWLEDGEMENTS).fetch_all(&self.readers).await.map_err(failed)?;
         rows.into_iter().map(AcknowledgementRow::acknowledgement).collect()
+    }
+
+    async fn note_member(&self, member: &Member) -> Result<(), StorageError> {
+        sqlx::query(schema::NOTE_MEMBER)
+            .bind(member.region.as_str())
+            .bind(clamped(member.linked_at_ms))
+            .bind(member.needs_snapshot)
+            .execute(&mut *self.writer().await?)
+            .await
+            .map_err(failed)?;
+        Ok(())
+    }
+
+    async fn members(&self) -> Result<Vec<Member>, StorageError> {
+        let rows: Vec<MemberRow> =
+            sqlx::query_as(schema::READ_MEMBERS).fetch_all(&self.readers).await.map_err(failed)?;
+        rows.into_iter().map(MemberRow::member).collect()
+    }
+
+    async fn forget_member(&self, region: &RegionName) -> Result<bool, StorageError> {
+        let mut writer = self.writer().await?;
+        origins::forget_member(&mut writer, region).await.map_err(failed)
     }
 
     async fn list_documents(

@@ -1,10 +1,16 @@
 //! Placement groups: what is of one reaches its regions and nobody else.
 
+use std::collections::BTreeSet;
+
 use automerge::AutoCommit;
 use isobar::config::{ClusterKey, Groups, PeerAddress, Settings};
+use isobar::documents::DeleteError;
+use isobar::replication::Outcome;
+use isobar::scrub::Surveyor;
 use isobar::storage::Storage;
 use isobar::storage::memory::MemoryStorage;
-use isobar_protocol::ids::{DocumentId, Seq};
+use isobar_protocol::ids::{DocumentId, PlacementGroup, Seq};
+use isobar_protocol::link::Fingerprints;
 use isobar_protocol::log::decode_run;
 use isobar_protocol::wire::{EXTRA_ELSEWHERE, ElsewhereFrame};
 use tokio_tungstenite::tungstenite;
@@ -37,6 +43,15 @@ fn region(name: &str, key: &ClusterKey, peers: &[&Node]) -> Settings {
     }
 }
 
+/// Waits until a region is linked to so many others.
+async fn linked(node: &Node, count: usize) {
+    let replication = node.parts.replication.as_ref().unwrap();
+    eventually("the regions are linked", async || {
+        replication.known().iter().filter(|it| it.up).count() == count
+    })
+    .await;
+}
+
 impl Cluster {
     async fn start() -> Self {
         let key = ClusterKey::random();
@@ -47,11 +62,7 @@ impl Cluster {
         let tokyo = Node::start_with(region("tokyo", &key, &peers), outside.reopen()).await;
         let cluster = Self { frankfurt, paris, tokyo, outside };
         for node in [&cluster.frankfurt, &cluster.paris, &cluster.tokyo] {
-            let replication = node.parts.replication.as_ref().unwrap();
-            eventually("two regions are linked", async || {
-                replication.known().iter().filter(|it| it.up).count() == 2
-            })
-            .await;
+            linked(node, 2).await;
         }
         cluster
     }
@@ -170,6 +181,64 @@ async fn a_client_outside_is_told_where_to_go_if_it_wants_to_hear() {
 }
 
 #[tokio::test]
+async fn a_region_that_says_of_itself_that_it_is_in_a_group_is_not_believed() {
+    let key = ClusterKey::random();
+    let outside = MemoryStorage::new();
+    let frankfurt = Node::start_with(region("frankfurt", &key, &[]), MemoryStorage::new()).await;
+    let mut settings = region("tokyo", &key, &[&frankfurt]);
+    let claimed = vec!["frankfurt".to_owned(), "tokyo".to_owned()];
+    settings.groups =
+        Groups::try_from(std::collections::BTreeMap::from([("eu".to_owned(), claimed)])).unwrap();
+    let tokyo = Node::start_with(settings, outside.reopen()).await;
+    linked(&tokyo, 1).await;
+    let (secret, common) = (document_id("secret"), document_id("common"));
+    let mut author = Client::join_as(frankfurt.clients, "?group=eu", "author", &[]).await.unwrap();
+    shared_doc(&mut author, &secret).await;
+    let mut other = Client::join(frankfurt.clients, "other").await;
+    shared_doc(&mut other, &common).await;
+    let mut far = Client::join_as(tokyo.clients, "?group=eu", "far", &[]).await.unwrap();
+    far.fetch(&common).await;
+    far.share(&secret, AutoCommit::new()).await;
+    far.until("it is not to be had", |it| it.open(&secret).unavailable > 0).await;
+    let cluster_view = outside.load_document(&secret).await.unwrap();
+    assert!(cluster_view.is_none(), "{cluster_view:?}");
+    assert!(
+        outside
+            .origins()
+            .await
+            .unwrap()
+            .iter()
+            .all(|it| it.group.as_str() != "eu" || it.region.as_str() == "tokyo")
+    );
+}
+
+#[tokio::test]
+async fn a_document_is_deleted_in_the_group_that_it_is_of() {
+    let store = MemoryStorage::new();
+    let key = ClusterKey::random();
+    let node = Node::start_with(region("frankfurt", &key, &[]), store.reopen()).await;
+    let (secret, unknown) = (document_id("secret"), document_id("unknown"));
+    let mut author = Client::join_as(node.clients, "?group=eu", "author", &[]).await.unwrap();
+    shared_doc(&mut author, &secret).await;
+    // That somebody of a group waits for a document does not make it one of that group.
+    author.share(&unknown, AutoCommit::new()).await;
+    author.until("it is not there", |it| it.open(&unknown).unavailable > 0).await;
+    let delete =
+        async |node: &Node, id: &DocumentId| node.parts.documents.delete(id, &node.parts.committer).await;
+    delete(&node, &unknown).await.unwrap();
+    let group = store.load_document(&unknown).await.unwrap().unwrap().group;
+    assert_eq!(group.as_str(), "default");
+    node.stop().await.unwrap();
+
+    // A region that has left the group could tell nobody.
+    let alone = Settings { groups: Groups::default(), ..region("frankfurt", &key, &[]) };
+    let node = Node::start_with(alone, store.reopen()).await;
+    let refused = delete(&node, &secret).await;
+    assert!(matches!(refused, Err(DeleteError::OutsideGroup(group)) if group.as_str() == "eu"));
+    assert!(!store.load_document(&secret).await.unwrap().unwrap().tail.is_empty());
+}
+
+#[tokio::test]
 async fn a_group_that_is_not_here_is_refused_with_the_reason() {
     let cluster = Cluster::start().await;
     for (query, reason) in [("?group=eu", "frankfurt, paris"), ("?group=mars", "no placement group")] {
@@ -204,4 +273,41 @@ async fn regions_are_listed_to_clients_also_when_they_are_down() {
     ]);
     eventually("paris is down", async || listed().await == one_down).await;
     drop(frankfurt);
+}
+
+#[tokio::test]
+async fn nothing_of_a_group_is_in_what_regions_compare_with_one_outside() {
+    let cluster = Cluster::start().await;
+    let (secret, common) = (document_id("secret"), document_id("common"));
+    let mut author = Client::join_as(cluster.frankfurt.clients, "?group=eu", "author", &[]).await.unwrap();
+    shared_doc(&mut author, &secret).await;
+    let mut other = Client::join(cluster.frankfurt.clients, "other").await;
+    shared_doc(&mut other, &common).await;
+    let parts = &cluster.frankfurt.parts;
+    let surveyor = Surveyor::new(parts.storage.clone(), parts.documents.clone());
+    let survey = surveyor.fresh().await.unwrap();
+    let group = |name: &str| PlacementGroup::new(name).unwrap();
+    let (outside, inside) =
+        (BTreeSet::from([group("default")]), BTreeSet::from([group("default"), group("eu")]));
+    let listed = |groups: &BTreeSet<PlacementGroup>| match survey.answer(&[], groups).unwrap() {
+        Fingerprints::Documents(documents) => documents.into_iter().map(|(id, _)| id).collect::<Vec<_>>(),
+        Fingerprints::Buckets(_) => panic!("two documents are listed"),
+    };
+    assert_eq!(listed(&outside), std::slice::from_ref(&common));
+    assert_eq!(listed(&inside), [common.clone(), secret.clone()]);
+    // Not even who knows the id learns that it is there.
+    let asked = [secret.clone(), common.clone()];
+    assert_eq!(surveyor.look_at(&asked, &outside).await.unwrap().len(), 1);
+    assert_eq!(surveyor.look_at(&asked, &inside).await.unwrap().len(), 2);
+
+    for node in [&cluster.tokyo, &cluster.frankfurt] {
+        let replication = node.parts.replication.as_ref().unwrap();
+        assert!(replication.check_now());
+        eventually("the check ends", async || !replication.is_checking()).await;
+        let checked = replication.checked();
+        assert_eq!(checked.len(), 2);
+        let found: Vec<_> = checked.values().map(|it| (it.outcome, it.divergences.len())).collect();
+        assert_eq!(found, [(Outcome::Equal, 0); 2]);
+    }
+    assert_eq!(cluster.leaked(&secret).await, Vec::<String>::new());
 }

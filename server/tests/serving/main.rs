@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that meets an error shall fail")]
 
 mod bounds;
+mod catch_up;
 mod compaction;
 mod configuration;
 mod demo;
@@ -16,6 +17,8 @@ mod links;
 mod pace;
 mod receipts;
 mod replication;
+mod residency;
+mod scrub;
 mod siblings;
 mod support;
 mod tls;

@@ -1,5 +1,6 @@
 //! Several nodes on one database: any of them serves any document, and clients do not notice which.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use automerge::transaction::Transactable;
@@ -14,6 +15,9 @@ use isobar_testkit::{TestServer, shared};
 use sqlx::Connection;
 
 use crate::support::{Client, Node, append, document_id, eventually, in_time, number, put, settings};
+
+mod exchange;
+mod regions;
 
 /// A database that several nodes share.
 enum Shared {
@@ -109,8 +113,8 @@ async fn edits_reach_the_clients_of_both(database: Shared) {
     one.write(&document, |doc| put(doc, "last", 1)).await;
     sees(&mut two, &document, "last", 1).await;
     assert!(right.parts.documents.resident(&cold).is_none(), "nobody needs it in memory there");
-    assert_eq!(left.metric("isobar_quarantines_total").await, 0.0);
-    assert_eq!(right.metric("isobar_quarantines_total").await, 0.0);
+    assert_eq!(left.metric("isobar_documents_quarantined_total").await, 0.0);
+    assert_eq!(right.metric("isobar_documents_quarantined_total").await, 0.0);
 
     // Each change stands in one log: following is not writing.
     let storage = database.open().await;
@@ -228,7 +232,7 @@ async fn a_base_that_a_sibling_makes_is_not_noticed_by_those_who_have_the_docume
     sees(&mut reader, &document, "away", 1).await;
     sees(&mut late, &document, "away", 1).await;
     for node in [&left, &right] {
-        assert_eq!(node.metric("isobar_quarantines_total").await, 0.0);
+        assert_eq!(node.metric("isobar_documents_quarantined_total").await, 0.0);
     }
 
     // What it stored itself made a base due. It found its own replaced, and took the sibling's.
@@ -256,7 +260,7 @@ async fn a_base_that_a_sibling_makes_is_not_noticed_by_those_who_have_the_docume
     last.fetch(&document).await;
     assert_eq!(heads(&mut last.open(&document).doc), heads(&mut author.open(&document).doc));
     for node in [&left, &right] {
-        assert_eq!(node.metric("isobar_quarantines_total").await, 0.0);
+        assert_eq!(node.metric("isobar_documents_quarantined_total").await, 0.0);
     }
     assert_eq!(right.metric("isobar_bases_made_total").await, 0.0);
 }
@@ -312,7 +316,12 @@ async fn a_node_that_comes_joins_and_one_that_is_killed_loses_nothing() {
 
 /// A node of region "near" that dials `peers`, or of "far".
 fn region(name: &str, key: &ClusterKey, peers: &[&Node]) -> Settings {
-    let address = |node: &&Node| PeerAddress::WebSocket(format!("ws://{}", node.peers.unwrap()));
+    let peers: Vec<_> = peers.iter().map(|node| node.peers.unwrap()).collect();
+    region_at(name, key, &peers)
+}
+
+fn region_at(name: &str, key: &ClusterKey, peers: &[SocketAddr]) -> Settings {
+    let address = |peer: &SocketAddr| PeerAddress::WebSocket(format!("ws://{peer}"));
     Settings {
         region: name.to_owned(),
         cluster_key: Some(key.clone()),
@@ -364,7 +373,7 @@ async fn links_go_to_the_node_that_is_left(database: Shared) {
     sees(&mut watching, &other, "edits", 1).await;
     for node in [&right, &far] {
         assert_eq!(node.metric("isobar_origins_forked_total").await, 0.0);
-        assert_eq!(node.metric("isobar_quarantines_total").await, 0.0);
+        assert_eq!(node.metric("isobar_documents_quarantined_total").await, 0.0);
     }
 
     // One that comes back neither takes the links nor an origin that was used.

@@ -1,11 +1,11 @@
-//! Clauses 6, 7 and 11: documents and their bases.
+//! Clauses 6, 7, 11 and 15: documents and their bases.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use bytes::Bytes;
-use isobar::storage::{DocumentState, Storage, StorageError, StoredBase};
+use isobar::storage::{DocumentState, Storage, StorageError, StoredBase, StoredChange};
 use isobar_protocol::ids::{ChangeHash, Seq};
 
 use crate::fixture::*;
@@ -255,4 +255,35 @@ pub async fn clause_11_documents_do_not_touch_each_other(database: Database) {
     assert_eq!((after.state, after.base), (before.state, before.base));
     assert_eq!(sorted(after.tail), sorted(before.tail));
     assert_eq!(storage.read_base_chunk(&document(2)).await.unwrap(), Some((1, base(b"two").chunk)));
+}
+
+pub async fn clause_15_mending_gives_every_stored_copy_its_bytes_and_adds_nothing(database: Database) {
+    let storage = database.open().await;
+    let (one, other) = (claim(&*storage, 0).await, claim(&*storage, 1).await);
+    append_own(&*storage, &one, Seq(1), &[append(1, 0..3), append(2, 0..1)]).await.unwrap();
+    append_own(&*storage, &other, Seq(1), &[append(1, 1..2)]).await.unwrap();
+    let better = StoredChange { bytes: vec![9; 300].into(), ..change(1) };
+    storage.mend_changes(&document(1), &[better.clone(), change(7)]).await.unwrap();
+    storage.mend_changes(&document(3), &[change(7)]).await.unwrap();
+    assert_eq!(tail(&*storage, 1).await, sorted(vec![change(0), better, change(2)]));
+    assert_eq!(tail(&*storage, 2).await, changes(0..1));
+    assert_eq!(load(&*storage, 1).await.damaged_rows, Vec::<Vec<ChangeHash>>::new());
+    assert!(storage.load_document(&document(3)).await.unwrap().is_none());
+}
+
+/// Whoever spoils rows does it behind the storage's back, and only in document 1: the row of changes 2 and 3.
+pub async fn a_spoilt_row_costs_nothing_but_itself(storage: Arc<dyn Storage>, spoil: impl AsyncFnOnce()) {
+    let origin = claim(&*storage, 0).await;
+    append_own(&*storage, &origin, Seq(1), &[append(1, 0..2), append(2, 0..2)]).await.unwrap();
+    append_own(&*storage, &origin, Seq(5), &[append(1, 2..4)]).await.unwrap();
+    spoil().await;
+    let loaded = load(&*storage, 1).await;
+    assert_eq!(sorted(loaded.tail), sorted(changes(0..2)));
+    assert_eq!(loaded.damaged_rows, [[hash(2), hash(3)]]);
+    assert_eq!(tail(&*storage, 2).await, sorted(changes(0..2)));
+    append_own(&*storage, &origin, Seq(7), &[append(1, 2..4)]).await.unwrap();
+    storage.mend_changes(&document(1), &changes(2..4)).await.unwrap();
+    let mended = load(&*storage, 1).await;
+    assert_eq!(sorted(mended.tail), sorted(changes(0..4)));
+    assert_eq!(mended.damaged_rows, Vec::<Vec<ChangeHash>>::new());
 }

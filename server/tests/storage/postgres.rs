@@ -216,3 +216,11 @@ async fn clause_11_a_locked_document_holds_up_no_other() {
     assert_eq!((one.tail.len(), two.tail.len()), (2, 2));
     lock.rollback().await.unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clause_15_a_row_that_does_not_decode_costs_nothing_but_itself() {
+    let database = database().await;
+    let storage = open(&database).await;
+    let spoil = || database.run("UPDATE changes SET changes = '\\xff'::bytea WHERE first_seq = 5");
+    crate::documents::a_spoilt_row_costs_nothing_but_itself(storage, async || spoil().await).await;
+}

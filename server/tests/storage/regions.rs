@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use isobar::storage::{Storage, StorageError, Writer};
+use isobar::storage::{Batch, Storage, StorageError, Writer};
 use isobar_protocol::ids::{Incarnation, OriginId, Seq};
 
 use crate::fixture::*;
@@ -100,7 +100,7 @@ pub async fn clause_4_entries_of_an_own_origin_that_come_back_fence_whoever_held
     let mut adopted =
         storage.origins().await.unwrap().into_iter().find(|origin| origin.id == new.id).unwrap();
     adopted.seq = Seq(5);
-    storage.adopt_origins(&[adopted]).await.unwrap();
+    storage.adopt_origins(&[adopted], &[]).await.unwrap();
     let refused = append_own(&*storage, &new, Seq(2), &[append(1, 8..9)]).await;
     assert!(matches!(refused, Err(StorageError::Fenced { .. })), "{refused:?}");
 }
@@ -180,10 +180,40 @@ pub async fn clause_5_a_repeated_batch_of_several_runs_is_recognised(database: D
     // Another node goes on with the other region's log.
     storage.append(&other_batch(other, 3, &[append(1, 4..5)])).await.unwrap();
     storage.append(&batch).await.unwrap();
-    storage.append(&other_batch(other, 1, &[append(1, 2..4)])).await.unwrap();
     assert_eq!(whole_log(&*storage, &mine).await.len(), 2);
     assert_eq!(whole_log_of(&*storage, other).await.len(), 3);
     assert_eq!(tail(&*storage, 1).await, sorted(changes(0..5)));
+}
+
+pub async fn clause_5_the_same_run_from_another_node_does_not_stand_for_the_rest_of_a_batch(
+    database: Database,
+) {
+    let storage = database.open().await;
+    let other = new_origin();
+    storage.append(&other_batch(other, 1, &[append(1, 0..2)])).await.unwrap();
+    // The same entries, and beside them the contents of a document that no log here names.
+    let contents = Batch { runs: Vec::new(), ..other_batch(new_origin(), 1, &[append(2, 0..3)]) };
+    let refused = storage.append(&joined([other_batch(other, 1, &[append(1, 0..2)]), contents])).await;
+    assert!(
+        matches!(refused, Err(StorageError::OutOfStep { origin, seq: Seq(2) }) if origin == other),
+        "{refused:?}"
+    );
+    assert!(storage.load_document(&document(2)).await.unwrap().is_none());
+}
+
+pub async fn clause_4_an_origin_is_claimed_until_it_is_replaced_or_comes_from_elsewhere(database: Database) {
+    let storage = database.open().await;
+    let claimed = async |id: OriginId| {
+        let origins = storage.origins().await.unwrap();
+        origins.iter().find(|it| it.id == id).unwrap().claimed
+    };
+    let (replaced, returned) = (claim(&*storage, 0).await, claim(&*storage, 1).await);
+    let other = new_origin();
+    storage.append(&other_batch(other, 1, &[append(1, 0..1)])).await.unwrap();
+    assert!(claimed(replaced.id).await && claimed(returned.id).await && !claimed(other).await);
+    let new = storage.claim_origin(&region(), &group(), 0, true).await.unwrap();
+    storage.append(&other_batch(returned.id, 1, &[append(1, 1..2)])).await.unwrap();
+    assert!(claimed(new.id).await && !claimed(replaced.id).await && !claimed(returned.id).await);
 }
 
 /// Stores 60 entries of each origin, in whatever steps another writer leaves, with one own change each time.

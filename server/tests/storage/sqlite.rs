@@ -139,3 +139,12 @@ async fn an_append_that_is_given_up_in_the_middle_does_not_block_the_next() {
     }
     assert_eq!(whole_log(&*storage, &origin).await.len() as u64, last);
 }
+
+#[tokio::test]
+async fn clause_15_a_row_that_does_not_decode_costs_nothing_but_itself() {
+    let database = Database::sqlite().await;
+    let storage = database.open().await;
+    let Database::Sqlite(directory) = &database else { unreachable!() };
+    let spoil = || run(directory, "UPDATE changes SET changes = x'ff' WHERE first_seq = 5");
+    crate::documents::a_spoilt_row_costs_nothing_but_itself(storage, async || spoil().await).await;
+}

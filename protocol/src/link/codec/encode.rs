@@ -6,7 +6,7 @@ use super::{
     STANDING_ABSENT, STANDING_DELETED, STANDING_ELSEWHERE, STANDING_HERE, kind,
 };
 use crate::config::LINK_REASON_BYTES_MAX;
-use crate::ids::{DocumentId, OriginId};
+use crate::ids::{DocumentId, OriginId, Seq};
 use crate::leb128::write_unsigned;
 use crate::link::{DocumentContents, Fingerprints, LinkFrame, Progress, Standing};
 
@@ -87,6 +87,15 @@ pub(super) fn encode(frame: &LinkFrame) -> Vec<u8> {
             put_number(out, kind::SCRUB_ANSWER, *request);
             put_fingerprints(out, fingerprints);
         }
+        LinkFrame::FingerprintsRequest { request, documents } => {
+            put_number(out, kind::FINGERPRINTS_REQUEST, *request);
+            put_list(out, documents, put_document);
+        }
+        LinkFrame::PositionsRequest { request } => put_number(out, kind::POSITIONS_REQUEST, *request),
+        LinkFrame::PositionsAnswer { request, positions } => {
+            put_number(out, kind::POSITIONS_ANSWER, *request);
+            put_option(out, positions.as_ref(), |out, positions| put_list(out, positions, put_position));
+        }
         LinkFrame::HeadsRequest { request, document, heads } => {
             put_number(out, kind::HEADS_REQUEST, *request);
             put_document(out, document);
@@ -95,6 +104,18 @@ pub(super) fn encode(frame: &LinkFrame) -> Vec<u8> {
         LinkFrame::HeadsAnswer { request, has } => {
             put_number(out, kind::HEADS_ANSWER, *request);
             out.push(u8::from(*has));
+        }
+        LinkFrame::Part { transfer, left, bytes } => {
+            put_number(out, kind::PART, *transfer);
+            write_unsigned(out, *left);
+            put_bytes(out, bytes);
+        }
+        LinkFrame::Missing { documents } => {
+            out.push(kind::MISSING);
+            put_list(out, documents, |out, missing| {
+                put_document(out, &missing.document);
+                put_bytes(out, missing.group.as_str().as_bytes());
+            });
         }
         LinkFrame::Failed { message } => {
             out.push(kind::FAILED);
@@ -108,6 +129,7 @@ pub(super) fn encode(frame: &LinkFrame) -> Vec<u8> {
 fn payload_bytes(frame: &LinkFrame) -> usize {
     match frame {
         LinkFrame::Entries { body, .. } => body.len(),
+        LinkFrame::Part { bytes, .. } => bytes.len(),
         LinkFrame::Presence { data, .. } => data.len(),
         LinkFrame::SnapshotPage { documents, .. } => documents.iter().map(contents_bytes).sum(),
         LinkFrame::DocumentAnswer { contents: Some(contents), .. } => contents_bytes(contents),
@@ -134,6 +156,11 @@ fn put_origin(out: &mut Vec<u8>, kind: u8, origin: &OriginId) {
 
 fn put_document(out: &mut Vec<u8>, document: &DocumentId) {
     put_bytes(out, document.as_bytes());
+}
+
+fn put_position(out: &mut Vec<u8>, (origin, seq): &(OriginId, Seq)) {
+    out.extend_from_slice(origin.0.as_bytes());
+    write_unsigned(out, seq.0);
 }
 
 fn put_progress(out: &mut Vec<u8>, progress: &Progress) {

@@ -9,7 +9,7 @@ use crate::leb128::{ReadError, ReadProblem, Reader, write_unsigned};
 use crate::log::Chain;
 
 /// A cursor over a message, whose fields share the message's buffer.
-pub(in crate::link) struct Fields<'a> {
+pub(crate) struct Fields<'a> {
     message: &'a Bytes,
     reader: Reader<'a>,
 }
@@ -134,13 +134,13 @@ impl<'a> Fields<'a> {
 }
 
 /// Writes bytes behind their length.
-pub(in crate::link) fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
+pub(crate) fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
     write_unsigned(out, bytes.len() as u64);
     out.extend_from_slice(bytes);
 }
 
 /// Writes items behind their count.
-pub(in crate::link) fn put_list<T>(out: &mut Vec<u8>, items: &[T], mut put: impl FnMut(&mut Vec<u8>, &T)) {
+pub(crate) fn put_list<T>(out: &mut Vec<u8>, items: &[T], mut put: impl FnMut(&mut Vec<u8>, &T)) {
     write_unsigned(out, items.len() as u64);
     for item in items {
         put(out, item);
@@ -148,11 +148,7 @@ pub(in crate::link) fn put_list<T>(out: &mut Vec<u8>, items: &[T], mut put: impl
 }
 
 /// Writes something that may be absent.
-pub(in crate::link) fn put_option<T>(
-    out: &mut Vec<u8>,
-    item: Option<&T>,
-    put: impl FnOnce(&mut Vec<u8>, &T),
-) {
+pub(crate) fn put_option<T>(out: &mut Vec<u8>, item: Option<&T>, put: impl FnOnce(&mut Vec<u8>, &T)) {
     out.push(u8::from(item.is_some()));
     if let Some(item) = item {
         put(out, item);

@@ -1,11 +1,15 @@
 //! Performing what the replica decides. What takes time is done in tasks of its own, which report back as events.
 
+use std::panic::AssertUnwindSafe;
+
+use futures_util::FutureExt;
 use isobar_protocol::ids::{OriginId, Seq};
 use isobar_protocol::replica::{Effect, LinkId, LogRead, LogSlice, ReceivedRun};
 use tokio::sync::oneshot;
 
 use super::Task;
-use crate::replication::{Event, snapshot};
+use crate::replication::Event;
+use crate::replication::snapshot::{self, Audience};
 use crate::storage::{StorageError, StoredRun};
 
 impl Task {
@@ -34,26 +38,25 @@ impl Task {
             }
             Effect::Append(run) => self.append(*run),
             Effect::ReadPage { link, after, groups } => {
-                let parts = self.parts.clone();
+                let Some(up) = self.links.get(&link) else { return };
+                let audience = Audience { groups, ..up.audience.clone() };
+                let (parts, outgoing) = (self.parts.clone(), up.outgoing.clone());
                 self.spawn(async move {
-                    let page = snapshot::read_page(&parts, after, &groups).await;
+                    outgoing.until_room().await;
+                    let page = snapshot::read_page(&parts, after, &audience).await;
                     Event::PageRead { link, page }
                 });
             }
             Effect::StorePage { documents } => {
+                let bytes = documents.iter().map(|it| it.bytes() as u64).sum();
+                self.parts.metrics.snapshot_documents.increment(documents.len() as u64);
+                self.parts.metrics.snapshot_bytes.increment(bytes);
                 let parts = self.parts.clone();
                 self.spawn(async move {
-                    snapshot::store_page(&parts, documents).await;
-                    Event::PageStored
+                    Event::PageStored { unusable: snapshot::store_page(&parts, documents).await }
                 });
             }
-            Effect::AdoptOrigins { origins } => {
-                let parts = self.parts.clone();
-                self.spawn(async move {
-                    snapshot::adopt(&parts, &origins).await;
-                    Event::Adopted { origins }
-                });
-            }
+            Effect::AdoptOrigins { origins, missing } => self.adopt(origins, missing),
             Effect::Acknowledged { region, origin, seq } => {
                 self.shared.acknowledged.lock().insert((region.clone(), origin), seq);
                 self.unnoted.insert((region, origin), seq);
@@ -66,19 +69,21 @@ impl Task {
             Effect::OwnOriginLost { origin } => {
                 let reason =
                     format!("the database has lost entries of origin {} that were durable", origin.0);
-                self.shared
-                    .fatal
-                    .send_if_modified(|fatal| fatal.is_none() && fatal.replace(reason).is_none());
+                self.shared.fail(reason);
             }
         }
     }
 
-    /// Runs something beside, and takes its outcome as an event.
+    /// Runs something beside, and takes its outcome as an event. A panic is the node's end: what waits for the outcome would
+    /// wait for ever.
     pub(super) fn spawn(&self, work: impl Future<Output = Event> + Send + 'static) {
         let Some(events) = self.events.upgrade() else { return };
+        let shared = self.shared.clone();
         tokio::spawn(async move {
-            let event = work.await;
-            let _ = events.send(event).await;
+            match AssertUnwindSafe(work).catch_unwind().await {
+                Ok(event) => _ = events.send(event).await,
+                Err(_) => shared.fail("a task of the replication has panicked".to_owned()),
+            }
         });
     }
 

@@ -75,8 +75,14 @@ impl Exchange {
         }
     }
 
+    /// A number for a question that is not a search's.
+    pub(super) fn new_request(&mut self) -> u64 {
+        self.next_request += 1;
+        self.next_request
+    }
+
     /// Ends a search that nobody answered with the document.
-    fn give_up(&mut self, request: u64) {
+    pub(super) fn give_up(&mut self, request: u64) {
         if let Some(search) = self.searches.get(&request) {
             let outcome = search.outcome();
             self.settle(request, &outcome);
@@ -131,12 +137,19 @@ impl Task {
     }
 
     fn receive_presence(&self, link: LinkId, message: Ephemeral) {
-        let Some(document) = self.parts.documents.resident(&message.document) else { return };
-        let interests = &self.exchange.interests;
-        if document.settled_group().is_some_and(|group| interests.is_welcome(link, &group)) {
-            let dropped = document.relay(None, &Arc::new(message)).unwrap_or(0);
+        let siblings = &self.parts.exchange;
+        let document = self.parts.documents.resident(&message.document);
+        let group = document.as_ref().and_then(|document| document.settled_group());
+        let Some(group) = group.or_else(|| siblings.group_of(&message.document)) else { return };
+        if !self.exchange.interests.is_welcome(link, &group) {
+            return;
+        }
+        let message = Arc::new(message);
+        if let Some(document) = document {
+            let Some(dropped) = document.relay(None, &message) else { return };
             self.parts.metrics.lossy_dropped.increment(dropped);
         }
+        siblings.relay_from_region(&group, &message);
     }
 
     pub(super) fn search(
@@ -177,7 +190,8 @@ impl Task {
         let Some(up) = self.links.get(&link) else { return };
         let groups = up.peer.groups.clone();
         let (parts, shared) = (self.parts.clone(), self.shared.clone());
-        self.spawn(async move {
+        let refusal = LinkFrame::Found { request, standing: Standing::Absent };
+        let has_place = up.answers.answer(refusal, async move {
             let standing = match snapshot::standing(&parts, &document, &groups).await {
                 snapshot::Found::Standing(standing) => standing,
                 snapshot::Found::Outside(group) => {
@@ -188,8 +202,9 @@ impl Task {
                     Standing::Elsewhere { urls: urls.take(ELSEWHERE_URLS_MAX).collect() }
                 }
             };
-            Event::Reply { link, frame: LinkFrame::Found { request, standing } }
+            LinkFrame::Found { request, standing }
         });
+        self.parts.metrics.link_answers_refused.increment(u64::from(!has_place));
     }
 
     fn found(&mut self, link: LinkId, request: u64, standing: Standing) {
@@ -218,12 +233,14 @@ impl Task {
 
     fn answer_request(&self, link: LinkId, request: u64, document: DocumentId) {
         let Some(up) = self.links.get(&link) else { return };
-        let groups = up.peer.groups.clone();
+        let audience = up.audience.clone();
         let parts = self.parts.clone();
-        self.spawn(async move {
-            let contents = snapshot::contents(&parts, &document, &groups).await;
-            Event::Reply { link, frame: LinkFrame::DocumentAnswer { request, contents } }
+        let refusal = LinkFrame::DocumentAnswer { request, contents: None };
+        let has_place = up.answers.answer_document(refusal, async move {
+            let contents = snapshot::contents(&parts, &document, &audience).await;
+            LinkFrame::DocumentAnswer { request, contents }
         });
+        self.parts.metrics.link_answers_refused.increment(u64::from(!has_place));
     }
 
     fn fetched(
@@ -232,6 +249,9 @@ impl Task {
         request: u64,
         contents: Option<isobar_protocol::link::DocumentContents>,
     ) {
+        if self.wanted.is_asked(link, request) {
+            return self.wanted_answered(link, request, contents);
+        }
         let Some(search) = self.exchange.searches.get(&request) else { return };
         if search.fetching != Some(link) {
             return;
@@ -245,18 +265,22 @@ impl Task {
             return self.exchange.give_up(request);
         };
         let parts = self.parts.clone();
-        self.spawn(async move {
-            snapshot::store_page(&parts, vec![contents]).await;
-            Event::Fetched { request }
-        });
+        self.spawn(
+            async move { Event::Fetched { request, stored: snapshot::store(&parts, contents).await } },
+        );
     }
 
-    /// Tells the other regions what sessions have opened, and what none has open any more.
+    /// Tells the other regions what sessions of this node and its siblings have opened, and what none has open any more; and the
+    /// siblings what other regions have.
     pub(super) fn refresh_interests(&mut self) {
-        let open = self.parts.documents.subscribed();
+        let mut open = self.parts.documents.subscribed();
+        open.extend(self.parts.exchange.open_at_siblings());
         let now = self.now();
         let news = self.exchange.interests.refresh(now, open);
         news.into_iter().for_each(|(link, frame)| self.send(link, frame));
+        let wanted: BTreeSet<&DocumentId> =
+            self.exchange.interests.wanted_by_peers().map(|(document, _)| document).collect();
+        self.parts.exchange.regions_want(wanted.into_iter().cloned().collect());
     }
 
     /// Has a new link's region take part in the searches that are under way.
@@ -289,13 +313,11 @@ impl Task {
         self.shared.presence_wanted.store(wanted, Ordering::Relaxed);
     }
 
-    pub(super) fn relay_presence(&self, message: &Ephemeral) {
-        let document = self.parts.documents.resident(&message.document);
-        let Some(group) = document.and_then(|document| document.settled_group()) else { return };
+    pub(super) fn relay_presence(&self, group: &PlacementGroup, message: &Ephemeral) {
         if message.data.len() > PRESENCE_DATA_BYTES_MAX {
             return self.parts.metrics.lossy_dropped.increment(1);
         }
-        let recipients = self.exchange.interests.recipients(&message.document, &group);
+        let recipients = self.exchange.interests.recipients(&message.document, group);
         for up in recipients.filter_map(|link| self.links.get(&link)) {
             let dropped = up.outgoing.push_presence(LinkFrame::Presence {
                 document: message.document.clone(),

@@ -10,7 +10,7 @@ use tokio::sync::mpsc::{self, error::TrySendError};
 use uuid::Uuid;
 
 use super::Database;
-use crate::storage::seat::{EVENTS_MAX, Notices, Seat, SeatEvent};
+use crate::storage::seat::{EVENTS_MAX, Notices, Seat, SeatEvent, ToTell};
 
 /// A seat that is taken.
 #[derive(Debug)]
@@ -84,12 +84,12 @@ async fn keep(
     node: Uuid,
     slot: u32,
     events: mpsc::Sender<SeatEvent>,
-    mut queue: mpsc::Receiver<Bytes>,
+    mut queue: ToTell,
 ) {
     loop {
         tokio::select! {
             () = events.closed() => break,
-            Some(notice) = queue.recv() => database.lock().tell_others(node, &notice),
+            Some(notice) = queue.next() => database.lock().tell_others(node, &notice),
         }
     }
     database.lock().leave(slot, node);

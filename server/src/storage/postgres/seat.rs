@@ -19,7 +19,7 @@ use uuid::Uuid;
 use super::connections::connect;
 use super::failed;
 use crate::storage::StorageError;
-use crate::storage::seat::{EVENTS_MAX, NOTICE_BYTES_MAX, Notices, Seat, SeatEvent};
+use crate::storage::seat::{EVENTS_MAX, NOTICE_BYTES_MAX, Notices, Seat, SeatEvent, ToTell};
 
 /// Nodes of one region at most.
 const SLOTS_MAX: i32 = 64;
@@ -285,7 +285,7 @@ async fn tell(
     options: PgConnectOptions,
     node: Uuid,
     channel: String,
-    mut queue: mpsc::Receiver<Bytes>,
+    mut queue: ToTell,
     events: mpsc::Sender<SeatEvent>,
 ) {
     let mut connection: Option<PgConnection> = None;
@@ -293,21 +293,19 @@ async fn tell(
     loop {
         let first = tokio::select! {
             () = events.closed() => return,
-            first = queue.recv() => first,
+            first = queue.next() => first,
         };
         let Some(mut notice) = first else { return };
         let mut payloads = Vec::new();
         loop {
             number += 1;
             write_parts(node, number, &notice, &mut payloads);
-            match queue.try_recv() {
-                Ok(next) if payloads.len() < GATHERED_MAX => notice = next,
-                Ok(next) => {
-                    number += 1;
-                    write_parts(node, number, &next, &mut payloads);
-                    break;
-                }
-                Err(_) => break,
+            if payloads.len() >= GATHERED_MAX {
+                break;
+            }
+            match queue.try_next() {
+                Some(next) => notice = next,
+                None => break,
             }
         }
         let sending = send(&options, &mut connection, &channel, &payloads);

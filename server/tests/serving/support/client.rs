@@ -99,6 +99,8 @@ pub struct Client {
     pub receipts: BTreeMap<(DocumentId, String), Saved>,
     /// What was reported of other storages last.
     pub remote_heads: BTreeMap<(DocumentId, StorageId), Vec<ChangeHash>>,
+    /// The presence that came, by sender, in its order.
+    pub presence: Vec<(String, u64)>,
     socket: WebSocketStream<Line>,
     error: Option<String>,
 }
@@ -138,6 +140,7 @@ impl Client {
                 is_old: false,
                 receipts: BTreeMap::new(),
                 remote_heads: BTreeMap::new(),
+                presence: Vec::new(),
                 socket,
                 error: None,
             })
@@ -319,6 +322,7 @@ impl Client {
                 Heard::Unavailable(document)
             }
             ClientFrame::Ephemeral { sender_id, count, data, .. } => {
+                self.presence.push((sender_id.to_owned(), count));
                 Heard::Ephemeral { sender: sender_id.to_owned(), count, data: data.to_vec() }
             }
             ClientFrame::RemoteHeadsChanged { document, heads, .. } => {
