@@ -116,12 +116,21 @@ impl World {
         &self.regions[self.end(running, 0)].groups & &self.regions[self.end(running, 1)].groups
     }
 
-    /// How far an end has taken in the logs; nothing while it fetches a snapshot.
+    /// How far an end has taken in the logs; nothing while it fetches a snapshot. What its disk holds counts, also what the
+    /// replica has not been told of yet.
     fn noted(&self, running: &RunningScrub, end: usize) -> Option<Target> {
         let side = if end == 0 { running.side } else { 1 - running.side };
         let link = self.connections[running.connection].links[side];
-        let replica = &self.regions[self.end(running, end)].node.as_ref()?.replica;
-        (!replica.fetches_snapshot()).then(|| replica.shared_target(link))
+        let region = &self.regions[self.end(running, end)];
+        let replica = &region.node.as_ref()?.replica;
+        if replica.fetches_snapshot() {
+            return None;
+        }
+        let mut target = replica.shared_target(link);
+        let shared = self.shared(running);
+        let stored = region.disk.vector().into_iter().filter(|it| shared.contains(&it.group));
+        stored.for_each(|it| target.raise(it.origin, it.seq));
+        Some(target)
     }
 
     fn prints_of(&self, running: &RunningScrub, end: usize) -> Vec<(DocumentId, Fingerprint)> {
