@@ -131,20 +131,25 @@ pub(super) async fn standing(
 
 /// Stores what is not here yet. Returns when it is durable, however long that takes, and which documents cannot be used.
 pub(super) async fn store_page(parts: &Parts, documents: Vec<DocumentContents>) -> Vec<MissingDocument> {
-    let mut unusable = Vec::new();
-    let ids: Vec<DocumentId> = documents.iter().map(|it| it.document.clone()).collect();
+    let (mut stored, mut unusable) = (Vec::new(), Vec::new());
     for contents in documents {
-        let missing = MissingDocument { document: contents.document.clone(), group: contents.group.clone() };
-        if !store(parts, contents).await {
-            unusable.push(missing);
+        let (document, group) = (contents.document.clone(), contents.group.clone());
+        match store_contents(parts, contents).await {
+            true => stored.push(document),
+            false => unusable.push(MissingDocument { document, group }),
         }
     }
-    parts.exchange.stored(ids);
+    // No log says so to the other nodes of the region.
+    parts.exchange.stored(stored);
     unusable
 }
 
-/// Returns whether the document could be used.
+/// The same for one document: returns whether it could be used.
 pub(super) async fn store(parts: &Parts, contents: DocumentContents) -> bool {
+    store_page(parts, vec![contents]).await.is_empty()
+}
+
+async fn store_contents(parts: &Parts, contents: DocumentContents) -> bool {
     let document = contents.document.clone();
     let mut pause = RETRY;
     loop {
