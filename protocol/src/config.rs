@@ -252,11 +252,15 @@ impl Default for Limits {
     }
 }
 
+/// Most bytes that a change may have, as sent and as inflated, whatever an operator sets: a few kilobytes of another region's
+/// must not become a whole memory.
+pub const CHANGE_BYTES_CEILING: usize = 1 << 30;
+
 impl Limits {
     /// For what was accepted once: it is read back whatever the limits are today.
     pub fn stored() -> Self {
         Self {
-            change_bytes_max: usize::MAX,
+            change_bytes_max: CHANGE_BYTES_CEILING,
             change_ops_max: u64::MAX,
             document_bytes_max: usize::MAX,
             document_ops_max: u64::MAX,

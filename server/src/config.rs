@@ -13,7 +13,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use clap::Args;
 use config::builder::{ConfigBuilder, DefaultState};
-use isobar_protocol::config::Limits;
+use isobar_protocol::config::{CHANGE_BYTES_CEILING, Limits};
 use isobar_protocol::ids::RegionName;
 use serde::{Deserialize, Deserializer};
 
@@ -223,6 +223,11 @@ impl Settings {
                      write every document. Listen on 127.0.0.1, or say --insecure if something in front controls access."
                 );
             }
+        }
+        if self.change_bytes_max > CHANGE_BYTES_CEILING {
+            bail!(
+                "change_bytes_max is larger than {CHANGE_BYTES_CEILING}: such a change could not be read back"
+            );
         }
         if self.change_bytes_max > self.frame_bytes_max {
             bail!("change_bytes_max is larger than frame_bytes_max: such a change could never arrive");
