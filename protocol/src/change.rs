@@ -107,7 +107,7 @@ impl ChangeError {
             Self::Message => "bad_message",
             Self::DependencyOrder => "duplicate_dependencies",
             Self::SeqZero => "seq_zero",
-            Self::StartOpZero => "start_op zero",
+            Self::StartOpZero => "start_op_zero",
             Self::CounterTooLarge(_) => "counter_too_large",
             Self::ActorOrder => "duplicate_actor",
             Self::UnusedActor => "unused_actor",

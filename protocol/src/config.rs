@@ -127,9 +127,23 @@ pub const RECEIPT_ASK_AGAIN_MS: u64 = 5_000;
 /// How often that is looked at.
 pub const RECEIPT_LOOK_EVERY_MS: u64 = 250;
 
-/// Longest frame between regions in bytes. Nearly all are below a quarter of a MiB; but a document travels in one
-/// frame, and its base may be large. As much as the largest client frame, which is how a large document is born.
+/// Longest frame between regions in bytes. Nearly all are below a quarter of a MiB; but to a peer that takes no parts a
+/// document travels in one frame. As much as the largest client frame, which is how a large document is born.
 pub const LINK_FRAME_BYTES_MAX: usize = 64 << 20;
+
+/// Longer frames are sent in parts of so many bytes to peers that take them: what is sent meanwhile passes between two.
+pub const LINK_PART_BYTES: usize = 256 << 10;
+
+/// Longest frame in bytes that is put together of parts. A document and the room for its index fit twice at the default
+/// limits; whoever puts it together holds that much for each link.
+pub const LINK_PARTED_BYTES_MAX: usize = 512 << 20;
+
+/// Frames that arrive in parts at the same time on one link: one that people wait for, and one behind it.
+pub const LINK_PARTED_FRAMES_MAX: usize = 2;
+
+/// Documents that may be missing of one snapshot. Each is asked for by its name afterwards; where more cannot be had the
+/// peer is of no use.
+pub const SNAPSHOT_MISSING_MAX: usize = 65_536;
 
 /// Longest message of the handshake between regions in bytes. It is read from strangers; what the longest names and all
 /// placement groups take fits twice.
@@ -146,7 +160,7 @@ pub const REGION_GROUPS_MAX: usize = 256;
 /// has long timed out: as many starts take longer than that.
 pub const LINK_LINEAGE_MAX: usize = 64;
 
-/// Most features that a node may announce to another region. There is none yet.
+/// Most features that a node may announce to another region. Today there is one.
 pub const LINK_FEATURES_MAX: usize = 64;
 
 /// Longest name of a feature in bytes.
@@ -242,11 +256,15 @@ impl Default for Limits {
     }
 }
 
+/// Most bytes that a change may have, as sent and as inflated, whatever an operator sets: a few kilobytes of another region's
+/// must not become a whole memory.
+pub const CHANGE_BYTES_CEILING: usize = 1 << 30;
+
 impl Limits {
     /// For what was accepted once: it is read back whatever the limits are today.
     pub fn stored() -> Self {
         Self {
-            change_bytes_max: usize::MAX,
+            change_bytes_max: CHANGE_BYTES_CEILING,
             change_ops_max: u64::MAX,
             document_bytes_max: usize::MAX,
             document_ops_max: u64::MAX,

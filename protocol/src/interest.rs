@@ -19,6 +19,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::config::{INTEREST_DOCUMENTS_MAX, INTEREST_LINGER_MS};
 use crate::ids::{DocumentId, PlacementGroup};
 use crate::link::LinkFrame;
+use crate::planted::{self, Fault};
 use crate::replica::{LinkId, Moment};
 
 /// A document of which presence is wanted here.
@@ -49,6 +50,9 @@ impl Interests {
 
     pub fn link_closed(&mut self, link: LinkId) {
         self.links.remove(&link);
+        if planted::is(Fault::KeepInterests) {
+            return;
+        }
         self.wanted_by.retain(|_, links| {
             links.remove(&link);
             !links.is_empty()

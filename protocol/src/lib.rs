@@ -21,6 +21,10 @@ mod leb128;
 pub mod link;
 pub mod log;
 pub mod notice;
+#[cfg(feature = "planted")]
+pub mod planted;
+#[cfg(not(feature = "planted"))]
+mod planted;
 pub mod presence;
 pub mod receipts;
 pub mod replica;

@@ -13,6 +13,9 @@ use bytes::Bytes;
 use crate::ids::{ChangeHash, DocumentId, OriginId, PlacementGroup, RegionName, Seq};
 use crate::log::Chain;
 
+/// The feature of a node that takes frames in parts ([`LinkFrame::Part`]).
+pub const FEATURE_PARTS: &str = "parts";
+
 /// How far somebody has an origin's log: everything up to and including `seq`, durably.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Progress {
@@ -64,6 +67,18 @@ pub enum LinkFrame {
         vector: Vec<Progress>,
         documents: Vec<DocumentContents>,
         next: Option<DocumentId>,
+    },
+    /// Documents that the next page should hold and does not, because the sender cannot give them at the moment.
+    Missing {
+        documents: Vec<MissingDocument>,
+    },
+    /// A part of a frame that is longer than [`crate::config::LINK_PART_BYTES`]. The parts of a frame have its transfer's
+    /// number and come in their order; other frames, and one other transfer, may come between them.
+    Part {
+        transfer: u64,
+        /// Bytes of the frame that come after this part; none after the last.
+        left: u64,
+        bytes: Bytes,
     },
     /// A sign of life to be returned at once; the number is the sender's own clock.
     Ping {
@@ -170,6 +185,28 @@ pub struct DocumentContents {
     pub base: Option<BaseContents>,
     /// Changes, each a chunk; with what the base covers, closed under dependencies except for pending ones.
     pub changes: Vec<Bytes>,
+}
+
+impl DocumentContents {
+    /// How many bytes it takes in a frame, or a few more.
+    pub fn bytes(&self) -> usize {
+        let base = self.base.as_ref().map_or(0, |it| it.summary.len() + it.index.len() + it.chunk.len());
+        let changes: usize = self.changes.iter().map(|change| change.len() + CHANGE_LENGTH_BYTES).sum();
+        base + changes + CONTENTS_FIELDS_BYTES
+    }
+}
+
+/// What a change's length takes in front of it, at most: 256 MiB.
+const CHANGE_LENGTH_BYTES: usize = 4;
+
+/// What contents have beside base and changes: id, group, and lengths.
+const CONTENTS_FIELDS_BYTES: usize = 384;
+
+/// A document that a region should have given and could not.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct MissingDocument {
+    pub document: DocumentId,
+    pub group: PlacementGroup,
 }
 
 /// A base, in the forms in which it is stored.

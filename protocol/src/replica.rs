@@ -14,7 +14,7 @@
 //! - **Chains.** Every run and every subscription carries the running hash. Two logs that disagree in it are never mixed:
 //!   the origin is given up on and reported ([`Effect::OriginForked`]).
 //! - **Snapshots.** When nobody holds the entries any more that are missing here, documents are fetched page by page, and the
-//!   vector that the first page was taken at is adopted after the last.
+//!   vector that the first page was taken at is adopted after the last, together with a note of what could not be had.
 //!
 //! # Invariants
 //!
@@ -31,8 +31,9 @@ use crate::config::{
 };
 use crate::ids::{DocumentId, OriginId, PlacementGroup, RegionName, Seq, StorageId};
 use crate::link::handshake::NodeId;
-use crate::link::{DocumentContents, LinkFrame, Progress};
+use crate::link::{DocumentContents, LinkFrame, MissingDocument, Progress};
 use crate::log::{Chain, Opened};
+use crate::planted::{self, Fault};
 use crate::receipts::{Announced, Target};
 
 mod incoming;
@@ -44,6 +45,8 @@ mod streams;
 use lag::Samples;
 use routes::Route;
 use snapshot::Fetch;
+
+pub use snapshot::{FetchStatus, Page};
 use streams::Stream;
 
 /// A moment on the caller's clock, in milliseconds. It never goes back; where it begins does not matter.
@@ -66,6 +69,8 @@ pub struct Peer {
     pub groups: BTreeSet<PlacementGroup>,
     /// Where the region's clients reach it.
     pub client_url: Option<String>,
+    /// Extensions that the node understands.
+    pub features: BTreeSet<String>,
 }
 
 /// A run that was received in order, for the caller to store.
@@ -146,13 +151,16 @@ pub enum Effect {
         after: Option<DocumentId>,
         groups: BTreeSet<PlacementGroup>,
     },
-    /// Take what is not here yet out of these documents and store it; answer with [`Replica::page_stored`].
+    /// Take what is not here yet out of these documents and store it; answer with [`Replica::page_stored`], and with which
+    /// of them could not be stored.
     StorePage {
         documents: Vec<DocumentContents>,
     },
-    /// Raise the stored counters to these, durably, then call [`Replica::adopted`].
+    /// Raise the stored counters to these, durably, and in the same transaction note that these documents lack some of what
+    /// the counters claim; then call [`Replica::adopted`].
     AdoptOrigins {
         origins: Vec<Progress>,
+        missing: Vec<MissingDocument>,
     },
     /// A region has everything of this origin up to here, durably.
     Acknowledged {
@@ -297,8 +305,8 @@ impl Replica {
     /// A link is up, and its peer has proved who it is.
     pub fn link_opened(&mut self, now: Moment, link: LinkId, peer: Peer) {
         let opened = Link {
+            theirs: planted::announced_before(&self.region, &peer.region),
             peer,
-            theirs: BTreeMap::new(),
             floors: BTreeMap::new(),
             announced: BTreeMap::new(),
             announce_at: Moment(now.0 + ANNOUNCE_EVERY_MS),
@@ -321,9 +329,8 @@ impl Replica {
 
     /// A link is gone. What was sent on it and not acknowledged is sent again on the next.
     pub fn link_closed(&mut self, now: Moment, link: LinkId) {
-        if self.links.remove(&link).is_none() {
-            return;
-        }
+        let Some(closed) = self.links.remove(&link) else { return };
+        planted::link_closed(&self.region, &closed.peer.region, closed.theirs);
         for origin in self.origins.values_mut() {
             if origin.route.is_some_and(|route| route.link == link) {
                 origin.route = None;
@@ -352,6 +359,7 @@ impl Replica {
             LinkFrame::SnapshotPage { vector, documents, next } => {
                 self.receive_page(link, vector, documents, next);
             }
+            LinkFrame::Missing { documents } => self.receive_missing(now, link, documents),
             LinkFrame::Ping { sent_ms } => self.send(link, LinkFrame::Pong { sent_ms }),
             LinkFrame::Pong { sent_ms } => {
                 if let Some(link) = self.links.get_mut(&link) {
@@ -528,13 +536,23 @@ impl Replica {
         self.groups.contains(group) && link.peer.groups.contains(group)
     }
 
+    /// Whether origins of a group may be sent over a link.
+    fn may_send(&self, link: &Link, group: &PlacementGroup) -> bool {
+        self.shares(link, group) || planted::is(Fault::SendOutsideGroups)
+    }
+
+    /// Whether origins of a group are taken from a link.
+    fn may_take(&self, link: &Link, group: &PlacementGroup) -> bool {
+        self.shares(link, group) || planted::is(Fault::TakeOutsideGroups)
+    }
+
     /// What has become durable since the last announcement to this peer; it counts as announced.
     fn news_for(&mut self, link: LinkId) -> Vec<Progress> {
         let Some(known) = self.links.get(&link) else { return Vec::new() };
         let is_news = |(id, origin): &(&OriginId, &Origin)| {
             !origin.forked
                 && (origin.own || origin.sibling || origin.durable.0 > Seq(0))
-                && self.shares(known, &origin.group)
+                && self.may_send(known, &origin.group)
                 && known.announced.get(id).is_none_or(|seq| *seq < origin.durable.0)
         };
         let news: Vec<Progress> =
@@ -584,6 +602,11 @@ impl Replica {
     }
 }
 
+/// Whether two logs that stand at one seq are one.
+fn agree(one: Chain, other: Chain) -> bool {
+    one == other || planted::is(Fault::SkipChainCheck)
+}
+
 impl Announced for Replica {
     fn covers(&self, link: LinkId, target: &Target) -> bool {
         let Some(known) = self.links.get(&link) else { return false };
@@ -592,11 +615,6 @@ impl Announced for Replica {
 }
 
 fn progress(id: OriginId, origin: &Origin) -> Progress {
-    Progress {
-        origin: id,
-        region: origin.region.clone(),
-        group: origin.group.clone(),
-        seq: origin.durable.0,
-        chain: origin.durable.1,
-    }
+    let (seq, chain) = if planted::is(Fault::AnnounceUnstored) { origin.received } else { origin.durable };
+    Progress { origin: id, region: origin.region.clone(), group: origin.group.clone(), seq, chain }
 }

@@ -7,9 +7,9 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use bytes::Bytes;
 use isobar_protocol::ids::{DocumentId, OriginId, PlacementGroup, RegionName, Seq, StorageId};
 use isobar_protocol::link::handshake::NodeId;
-use isobar_protocol::link::{DocumentContents, LinkFrame, Progress};
+use isobar_protocol::link::{DocumentContents, LinkFrame, MissingDocument, Progress};
 use isobar_protocol::log::{Chain, Content, Entry, encode_run};
-use isobar_protocol::replica::{Effect, LinkId, LogRead, LogSlice, Moment, Peer, Replica, Stored};
+use isobar_protocol::replica::{Effect, LinkId, LogRead, LogSlice, Moment, Page, Peer, Replica, Stored};
 use uuid::Uuid;
 
 /// A region: a replica, and the log it stores.
@@ -20,6 +20,10 @@ struct Region {
     log: BTreeMap<OriginId, Vec<LogSlice>>,
     floors: BTreeMap<OriginId, Seq>,
     documents: BTreeSet<DocumentId>,
+    /// Documents that it can neither give nor store.
+    damaged: BTreeSet<DocumentId>,
+    /// What was noted to be missing when a vector was adopted.
+    missing: Vec<MissingDocument>,
     forked: Vec<OriginId>,
     lost: Vec<OriginId>,
 }
@@ -56,6 +60,8 @@ impl World {
                 log: BTreeMap::new(),
                 floors: BTreeMap::new(),
                 documents: BTreeSet::new(),
+                damaged: BTreeSet::new(),
+                missing: Vec::new(),
                 forked: Vec::new(),
                 lost: Vec::new(),
             }
@@ -78,6 +84,7 @@ impl World {
             storage_id: StorageId::new(name.as_str()).unwrap(),
             groups: BTreeSet::from([group()]),
             client_url: None,
+            features: BTreeSet::new(),
         }
     }
 
@@ -192,17 +199,28 @@ impl World {
                 let region = &mut self.regions[at];
                 let rest =
                     region.documents.iter().filter(|it| after.as_ref().is_none_or(|after| *it > after));
-                let page: Vec<DocumentContents> = rest.take(2).map(deleted).collect();
-                let next = page.last().map(|it| it.document.clone()).filter(|_| page.len() == 2);
-                region.replica.page_read(now, link, Some((page, next)));
+                let page: Vec<DocumentId> = rest.take(2).cloned().collect();
+                let next = page.last().cloned().filter(|_| page.len() == 2);
+                let (damaged, whole): (Vec<_>, Vec<_>) =
+                    page.into_iter().partition(|it| region.damaged.contains(it));
+                let page = Page {
+                    documents: whole.iter().map(deleted).collect(),
+                    missing: damaged.iter().map(missing).collect(),
+                    next,
+                };
+                region.replica.page_read(now, link, Some(page));
             }
             Effect::StorePage { documents } => {
                 let region = &mut self.regions[at];
-                region.documents.extend(documents.into_iter().map(|it| it.document));
-                region.replica.page_stored(now);
+                let documents = documents.into_iter().map(|it| it.document);
+                let (damaged, whole): (Vec<_>, Vec<_>) =
+                    documents.partition(|it| region.damaged.contains(it));
+                region.documents.extend(whole);
+                region.replica.page_stored(now, damaged.iter().map(missing).collect());
             }
-            Effect::AdoptOrigins { origins } => {
+            Effect::AdoptOrigins { origins, missing } => {
                 let region = &mut self.regions[at];
+                region.missing.extend(missing);
                 for adopted in &origins {
                     region.floors.insert(adopted.origin, adopted.seq);
                     region.log.remove(&adopted.origin);
@@ -236,6 +254,10 @@ fn deleted(document: &DocumentId) -> DocumentContents {
         base: None,
         changes: Vec::new(),
     }
+}
+
+fn missing(document: &DocumentId) -> MissingDocument {
+    MissingDocument { document: document.clone(), group: group() }
 }
 
 #[test]
@@ -420,4 +442,23 @@ fn of_sibling(world: &World, origin: OriginId, (seq, chain): (Seq, Chain)) -> Pr
 fn seq_of(world: &World, at: usize, origin: OriginId) -> Seq {
     let vector = world.regions[at].replica.vector();
     vector.iter().find(|it| it.origin == origin).map_or(Seq(0), |it| it.seq)
+}
+
+#[test]
+fn what_a_snapshot_lacks_is_noted_when_its_vector_is_adopted_and_holds_up_nothing() {
+    let mut world = World::new(&["a", "b"]);
+    (0..5).for_each(|_| world.write(0, 3));
+    let origin = world.regions[0].origin;
+    world.regions[0].log.remove(&origin);
+    world.regions[0].floors.insert(origin, Seq(15));
+    let [not_given, not_stored] = [document(4), document(11)];
+    world.regions[0].damaged.insert(not_given.clone());
+    world.regions[1].damaged.insert(not_stored.clone());
+    world.link(0, 1);
+    world.pass(1_000);
+    assert_eq!(world.seq(1, 0), 15);
+    assert_eq!(world.regions[1].missing, [missing(&not_given), missing(&not_stored)]);
+    let mut expected = world.regions[0].documents.clone();
+    expected.retain(|it| *it != not_given && *it != not_stored);
+    assert_eq!(world.regions[1].documents, expected);
 }

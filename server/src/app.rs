@@ -119,6 +119,7 @@ impl App {
             advertise: settings.advertise.clone(),
             groups: settings.groups.clone(),
             peer_rate_limit: settings.peer_rate_limit,
+            frame_limits: settings.frame_limits,
             exchange: exchange.clone(),
             keeps_links: siblings.keeps_links(),
             siblings: followed,
@@ -188,9 +189,7 @@ impl App {
             reason = failed(self.node.replication.as_ref()) => {
                 anyhow::bail!("{reason}; started again, the node takes a new log and fetches what it lost")
             }
-            () = self.siblings.lost() => {
-                anyhow::bail!("another node has this node's seat: it was out of touch with the database for too long")
-            }
+            reason = self.siblings.failed() => anyhow::bail!("{reason}"),
             error = panicked(&mut self.upkeep) => {
                 Err(error).context("a task of the node has panicked; without it what is served would grow old")
             }
@@ -360,11 +359,11 @@ async fn truncate(node: Arc<Node>, shares_database: bool) {
         ticks.tick().await;
         let logs = progress.borrow().clone();
         for log in logs {
-            match node.storage.truncate_log(log.origin, log.seq, keep).await {
-                Ok(()) => node.metrics.log_truncated_seq.set(log.seq.0 as f64),
-                Err(error) => tracing::warn!(%error, "log not truncated"),
+            if let Err(error) = node.storage.truncate_log(log.origin, log.seq, keep).await {
+                tracing::warn!(%error, "log not truncated");
             }
         }
+        node.metrics.log_truncations.increment(1);
     }
 }
 

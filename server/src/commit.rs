@@ -143,6 +143,8 @@ pub struct OwnProgress {
     pub group: PlacementGroup,
     pub seq: Seq,
     pub chain: Chain,
+    /// Bytes of what was appended to it since this node started.
+    pub bytes: u64,
 }
 
 /// The committer has failed and the process is ending; what was submitted may or may not be stored.

@@ -13,12 +13,13 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use clap::Args;
 use config::builder::{ConfigBuilder, DefaultState};
-use isobar_protocol::config::Limits;
+use isobar_protocol::config::{CHANGE_BYTES_CEILING, Limits};
 use isobar_protocol::ids::RegionName;
 use serde::{Deserialize, Deserializer};
 
 pub use crate::config::cluster::{ClusterKey, Groups, PeerAddress};
 use crate::config::cluster::{PEERS_MAX, check_client_url, check_name};
+use crate::replication::{FrameLimits, Keep};
 use crate::telemetry::LogFormat;
 
 pub mod cluster;
@@ -143,9 +144,16 @@ pub struct Settings {
     pub peer_tls_ca: Option<PathBuf>,
     /// Bytes a second that are sent to one peer at most.
     pub peer_rate_limit: Option<NonZeroU64>,
+    /// What fits through links: no setting, but tests make do with less.
+    #[serde(skip)]
+    pub frame_limits: FrameLimits,
     pub groups: Groups,
     /// How long log entries are kept after every region has acknowledged them.
     pub log_keep_hours: u64,
+    /// How often log entries are given up.
+    pub log_truncate_seconds: u64,
+    /// How long a region that is not linked is waited for before log entries are given up.
+    pub peer_silence_hours: u64,
     /// How often this region is compared with the others; 0: on demand only.
     pub scrub_minutes: u64,
     /// Stored bytes that are hashed again in a second; 0: none.
@@ -216,11 +224,24 @@ impl Settings {
                 );
             }
         }
+        if self.change_bytes_max > CHANGE_BYTES_CEILING {
+            bail!(
+                "change_bytes_max is larger than {CHANGE_BYTES_CEILING}: such a change could not be read back"
+            );
+        }
         if self.change_bytes_max > self.frame_bytes_max {
             bail!("change_bytes_max is larger than frame_bytes_max: such a change could never arrive");
         }
         if self.ping_seconds == 0 {
             bail!("ping_seconds is 0: every connection would be closed at once");
+        }
+        if self.log_truncate_seconds == 0 {
+            bail!("log_truncate_seconds is 0: nothing else would be done");
+        }
+        if self.peer_silence_hours == 0 {
+            bail!(
+                "peer_silence_hours is 0: every interruption would make the other regions fetch whole documents"
+            );
         }
         if self.frame_bytes_max < 64 << 10 {
             bail!("frame_bytes_max is below 65536: ordinary clients could not synchronise");
@@ -310,14 +331,20 @@ impl Settings {
         Duration::from_secs(self.drain_seconds)
     }
 
+    /// What of the logs is kept for how long.
+    pub fn keep(&self) -> Keep {
+        let hours = |hours: u64| Duration::from_secs(hours.saturating_mul(3600));
+        Keep {
+            every: Duration::from_secs(self.log_truncate_seconds),
+            entries: hours(self.log_keep_hours),
+            silence: hours(self.peer_silence_hours),
+        }
+    }
+
     /// How often regions are compared; nothing: only when somebody asks.
     pub fn scrub_interval(&self) -> Option<Duration> {
         let minutes = NonZeroU64::new(self.scrub_minutes)?;
         Some(Duration::from_secs(minutes.get().saturating_mul(60).min(SCRUB_SECONDS_MAX)))
-    }
-
-    pub fn log_keep(&self) -> Duration {
-        Duration::from_secs(self.log_keep_hours.saturating_mul(3600))
     }
 }
 
@@ -338,6 +365,8 @@ fn defaults() -> Result<Builder, config::ConfigError> {
         .set_default("cluster_id", "isobar")?
         .set_default("groups", config::Map::<String, config::Value>::new())?
         .set_default("log_keep_hours", 24)?
+        .set_default("log_truncate_seconds", 60)?
+        .set_default("peer_silence_hours", 7 * 24)?
         .set_default("scrub_minutes", 60)?
         .set_default("verify_rate", 1 << 20)?
         .set_default("connections_max", 50_000)?

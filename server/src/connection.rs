@@ -173,6 +173,8 @@ pub struct Connection {
     written_bytes: u64,
     /// Something waits in the outbox.
     woken: bool,
+    /// The socket is looked at next, whatever waits in the outbox.
+    is_sockets_turn: bool,
     timer: Pin<Box<Sleep>>,
 }
 
@@ -242,6 +244,7 @@ impl Connection {
             read_bytes: 0,
             written_bytes: 0,
             woken: false,
+            is_sockets_turn: false,
             timer: Box::pin(tokio::time::sleep(ping_after)),
         }
     }
@@ -278,6 +281,14 @@ impl Connection {
             // First, or a client that never stops sending would put deadlines off for ever.
             if self.timer.as_mut().poll(context).is_ready() {
                 return Poll::Ready(Ok(Event::Timer));
+            }
+            // What is to be sent before what may have come, as a look at a socket on which nothing has costs a good part of
+            // what sending does; but in turns, or who never stops marking would keep the client from being heard.
+            if !std::mem::replace(&mut self.is_sockets_turn, false)
+                && self.outbox.poll_woken(context).is_ready()
+            {
+                self.is_sockets_turn = true;
+                return Poll::Ready(Ok(Event::Woken));
             }
             if let Poll::Ready(event) = self.poll_socket(context) {
                 return Poll::Ready(event);

@@ -9,25 +9,26 @@
 //! - [`task`] is that task; its `effects` perform what the replica decides, and its `exchange` answers and asks what is
 //!   not about the log: where a document is, presence; its `siblings` does for the region's other nodes what they cannot.
 //! - [`snapshot`] reads and stores pages of documents.
+//! - [`parts`] is how frames travel that are longer than others.
 //! - [`scrub`] compares regions, and puts back what was lost; the task's `scrub` answers and asks for it.
-//! - [`truncate`] gives up log entries that every region has.
+//! - [`members`] remembers the regions that were ever linked; [`truncate`] gives up log entries that every region has.
 //!
 //! # Bounds
 //!
 //! The queue of events is bounded; a link's socket is not read while it is full. What waits to be sent is bounded by the
-//! replica's windows ([`outgoing`]). A run that is being stored counts against the committer's budget.
+//! replica's windows ([`outgoing`]), and what is done for a peer that asks by `task`'s `answers`. A run that is being stored counts against the committer's budget.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use isobar_protocol::ids::{DocumentId, OriginId, PlacementGroup, RegionName, Seq, StorageId};
 use isobar_protocol::link::handshake::{Identity, NodeId};
-use isobar_protocol::link::{LinkFrame, Progress};
+use isobar_protocol::link::{LinkFrame, MissingDocument, Progress};
 use isobar_protocol::notice::{KnownRegion, Notice, Observation};
-use isobar_protocol::replica::{LinkId, LinkStatus, LogRead, Peer, Stored};
+use isobar_protocol::replica::{FetchStatus, LinkId, LinkStatus, LogRead, Page, Peer, Stored};
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot, watch};
 use uuid::Uuid;
@@ -39,7 +40,7 @@ use crate::outbox::Ephemeral;
 use crate::receipts::Receipts;
 use crate::scrub::Surveyor;
 use crate::siblings::exchange::Exchange;
-use crate::storage::{Storage, StorageError, StoredOrigin};
+use crate::storage::{Member, Storage, StorageError, StoredOrigin};
 use crate::telemetry::Metrics;
 
 mod accept;
@@ -47,8 +48,10 @@ mod dial;
 mod envelope;
 mod keeping;
 mod link;
+mod members;
 mod outgoing;
 mod pace;
+mod parts;
 mod scrub;
 mod snapshot;
 mod task;
@@ -60,8 +63,11 @@ use outgoing::Outgoing;
 
 pub use accept::accept_links;
 pub use dial::keep_links;
+pub use members::ForgetError;
+pub use parts::FrameLimits;
 pub use scrub::{Checked, Divergence, Outcome};
 pub use tls::PeerTls;
+pub use truncate::Keep;
 
 /// Events that wait at most. A frame is at most some hundred kilobytes, unless it is a whole document.
 const EVENTS_MAX: usize = 256;
@@ -114,11 +120,14 @@ enum Event {
     },
     PageRead {
         link: LinkId,
-        page: Option<snapshot::Page>,
+        page: Option<Page>,
     },
-    PageStored,
+    PageStored {
+        unusable: Vec<MissingDocument>,
+    },
     Adopted {
         origins: Vec<Progress>,
+        missing: Vec<MissingDocument>,
     },
     /// Look for a document in the other regions of a group.
     Search {
@@ -126,14 +135,16 @@ enum Event {
         group: PlacementGroup,
         found: oneshot::Sender<SearchOutcome>,
     },
-    /// Something that was asked for another region's sake is done.
-    Reply {
-        link: LinkId,
-        frame: LinkFrame,
-    },
     /// Contents that a search fetched are stored.
     Fetched {
         request: u64,
+        stored: bool,
+    },
+    /// What came of storing a document that a snapshot had lacked.
+    WantedStored {
+        document: DocumentId,
+        request: u64,
+        stored: bool,
     },
     /// A client's message in a document of a group.
     Presence {
@@ -198,6 +209,7 @@ pub struct Parts {
     pub groups: Groups,
     /// Bytes a second that a link may send.
     pub peer_rate_limit: Option<NonZeroU64>,
+    pub frame_limits: FrameLimits,
     /// What passes between this node and its siblings.
     pub exchange: Arc<Exchange>,
     /// Whether this node keeps the region's links.
@@ -206,15 +218,28 @@ pub struct Parts {
     pub siblings: watch::Receiver<Vec<Progress>>,
 }
 
+/// What a peer lacks of what this node has written since it started.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Lag {
+    /// How long it has lacked the oldest entry that it lacks.
+    pub ms: u64,
+    /// Bytes of all that it lacks.
+    pub bytes: u64,
+}
+
 /// How far the regions are, for operators and for truncation.
 #[derive(Debug, Clone, Default)]
 pub struct View {
     pub vector: Vec<Progress>,
     pub links: Vec<LinkStatus>,
-    /// For each of the links, how long the peer has lacked the oldest entry of this node's own that it lacks.
-    pub lags_ms: Vec<u64>,
+    /// For each of the links.
+    pub lags: Vec<Lag>,
     /// Origins of which two logs exist.
     pub forked: Vec<OriginId>,
+    /// Documents that lack some of what the vector claims, because a snapshot lacked them.
+    pub missing: Vec<DocumentId>,
+    /// A snapshot that is being fetched.
+    pub fetch: Option<FetchStatus>,
 }
 
 /// A handle to the replication of a node. Cheap to clone.
@@ -272,14 +297,15 @@ impl Shared {
 struct Shared {
     next_link: AtomicU64,
     peer_rate_limit: Option<NonZeroU64>,
+    frame_limits: FrameLimits,
     /// By region, of the links that are up.
     linked: Mutex<HashMap<RegionName, LinkId>>,
     view: Mutex<View>,
     acknowledged: Mutex<HashMap<(RegionName, OriginId), Seq>>,
     /// The regions that were linked since the node started, as they said last who they are.
     known: Mutex<BTreeMap<RegionName, Peer>>,
-    /// When each region was last linked.
-    heard: Mutex<HashMap<RegionName, Instant>>,
+    /// The regions that were ever linked.
+    members: Mutex<BTreeMap<RegionName, Member>>,
     /// Whether any peer wants presence; a cheap look before anything is queued.
     presence_wanted: AtomicBool,
     keeps_links: watch::Receiver<bool>,
@@ -312,11 +338,12 @@ impl Replication {
         let shared = Arc::new(Shared {
             next_link: AtomicU64::new(1),
             peer_rate_limit: parts.peer_rate_limit,
+            frame_limits: parts.frame_limits,
             linked: Mutex::default(),
             view: Mutex::default(),
             acknowledged: Mutex::default(),
             known: Mutex::default(),
-            heard: Mutex::default(),
+            members: Mutex::default(),
             presence_wanted: AtomicBool::new(false),
             keeps_links: parts.keeps_links.clone(),
             lineage: watch::Sender::new(None),
@@ -427,11 +454,6 @@ impl Replication {
 
     pub fn view(&self) -> View {
         self.shared.view.lock().clone()
-    }
-
-    /// The other regions that were ever linked.
-    pub fn members(&self) -> Vec<RegionName> {
-        self.shared.heard.lock().keys().cloned().collect()
     }
 
     /// How far a region has stored an origin, as it said last.

@@ -10,11 +10,13 @@
 //!
 //! This module does not know how nodes find each other: that is [`crate::storage::seat`].
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::FutureExt;
 use isobar_protocol::notice::Notice;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinHandle;
@@ -49,7 +51,7 @@ struct Wake {
 /// What this node is among its siblings. Its seat is given up by [`Siblings::leave`].
 pub struct Siblings {
     keeps_links: watch::Receiver<bool>,
-    lost: watch::Receiver<bool>,
+    failed: watch::Receiver<Option<&'static str>>,
     leaving: CancellationToken,
     tasks: Vec<JoinHandle<()>>,
 }
@@ -65,13 +67,16 @@ impl Siblings {
     ) -> Self {
         let Seat { notices, mut events, .. } = seat;
         let (keeps, keeps_links) = watch::channel(false);
-        let (losing, lost) = watch::channel(false);
+        let (failing, failed) = watch::channel(None);
         let wake = Arc::new(Wake::default());
         let leaving = CancellationToken::new();
         let spawn = |work: Work| {
-            let leaving = leaving.clone();
+            let (leaving, failing) = (leaving.clone(), failing.clone());
             tokio::spawn(async move {
-                leaving.run_until_cancelled(work).await;
+                if let Some(Err(_)) = leaving.run_until_cancelled(AssertUnwindSafe(work).catch_unwind()).await
+                {
+                    failing.send_replace(Some("a task that follows the siblings has panicked"));
+                }
             })
         };
         let mut tasks = Vec::new();
@@ -81,13 +86,13 @@ impl Siblings {
             tasks.push(spawn(Box::pin(async move { follow(follower, &heard).await })));
             tasks.push(spawn(Box::pin(exchange.clone().run())));
         }
-        let hearing = Hearing { wake, exchange, keeps, losing, metrics };
+        let hearing = Hearing { wake, exchange, keeps, failing: failing.clone(), metrics };
         // Who is alone need not wait to learn it.
         while let Ok(event) = events.try_recv() {
             hearing.take(event);
         }
         tasks.push(spawn(Box::pin(hearing.run(events))));
-        Self { keeps_links, lost, leaving, tasks }
+        Self { keeps_links, failed, leaving, tasks }
     }
 
     /// Whether this node keeps the region's links, now and whenever that changes.
@@ -95,11 +100,13 @@ impl Siblings {
         self.keeps_links.clone()
     }
 
-    /// Resolves when another node has taken the seat: this one must not write any more.
-    pub async fn lost(&self) {
-        let mut lost = self.lost.clone();
-        if lost.wait_for(|lost| *lost).await.is_err() {
-            std::future::pending().await
+    /// Resolves to the reason for which this node must not go on: another has taken its seat, or what it shows would grow old.
+    pub async fn failed(&self) -> &'static str {
+        let mut failed = self.failed.clone();
+        let reason = failed.wait_for(Option::is_some).await.map(|reason| *reason);
+        match reason {
+            Ok(Some(reason)) => reason,
+            _ => std::future::pending().await,
         }
     }
 
@@ -125,7 +132,7 @@ struct Hearing {
     wake: Arc<Wake>,
     exchange: Arc<Exchange>,
     keeps: watch::Sender<bool>,
-    losing: watch::Sender<bool>,
+    failing: watch::Sender<Option<&'static str>>,
     metrics: Arc<Metrics>,
 }
 
@@ -150,7 +157,9 @@ impl Hearing {
                 self.exchange.siblings_are(count);
             }
             SeatEvent::Lost => {
-                self.losing.send_replace(true);
+                self.failing.send_replace(Some(
+                    "another node has this node's seat: it was out of touch with the database for too long",
+                ));
             }
         }
     }

@@ -5,7 +5,7 @@
 //!
 //! # Contract
 //!
-//! Each implementation passes one suite (`server/tests/storage.rs`), whose tests are named after these clauses.
+//! Each implementation passes one suite (`server/tests/storage`), whose tests are named after these clauses.
 //!
 //! 1. **Atomic append.** [`Storage::append`] stores the whole batch — documents, changes, tombstones, runs of log
 //!    entries and the origins' counters — or nothing. When it returns `Ok` the batch survives a crash of the process,
@@ -40,7 +40,8 @@
 //!     its changes from every stored run (their names, seqs and chain stay). Nothing appended later brings the document
 //!     back: its changes are left out, its log entries are stored. The earliest deletion time counts.
 //! 13. **Vectors are adopted forward.** [`Storage::adopt_origins`] raises counters of other regions' origins after a
-//!     snapshot, never lowers one, and leaves the log below truncated.
+//!     snapshot, never lowers one, and leaves the log below truncated. Which documents the snapshot lacked is noted in the same
+//!     transaction ([`Storage::missing_documents`]): at no moment does a counter claim what is neither here nor noted.
 //! 14. **One seat each.** Of the nodes that have a seat ([`Storage::take_seat`]) no two have the same slot, and at most one
 //!     keeps the links but for a moment. A seat is free again when its process is gone, without anybody waiting for a
 //!     term to run out, or when its machine has not been heard of for some seconds.
@@ -48,7 +49,9 @@
 //!     ([`StoredDocument::damaged_rows`]); the rest of the document is read, and nothing fails. [`Storage::mend_changes`] gives
 //!     every stored copy of a change the bytes that the caller has for it, and removes rows that do not decode; a change that is
 //!     not stored stays out.
-//! 16. **Nodes are registered.** The database remembers the nodes that were started on it ([`Storage::register_node`]), in
+//! 16. **Members are remembered.** [`Storage::note_member`] keeps when a region was last linked, which never goes back, until
+//!     [`Storage::forget_member`] removes all that is known of it.
+//! 17. **Nodes are registered.** The database remembers the nodes that were started on it ([`Storage::register_node`]), in
 //!     their order, the newest [`LINK_LINEAGE_MAX`] at least. A copy of the database has those of before it was made, and neither
 //!     has those of the other since.
 
@@ -75,6 +78,7 @@ use isobar_protocol::config::LINK_LINEAGE_MAX;
 use isobar_protocol::ids::{
     ChangeHash, DocumentId, Incarnation, OriginId, PlacementGroup, RegionName, Seq, StorageId,
 };
+use isobar_protocol::link::MissingDocument;
 use isobar_protocol::link::handshake::NodeId;
 use isobar_protocol::log::Chain;
 
@@ -180,6 +184,16 @@ pub struct Acknowledgement {
     pub region: RegionName,
     pub origin: OriginId,
     pub seq: Seq,
+}
+
+/// Another region that was ever linked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Member {
+    pub region: RegionName,
+    /// When it was linked last, in milliseconds of Unix time.
+    pub linked_at_ms: u64,
+    /// It was away for so long that log entries are given up without it.
+    pub needs_snapshot: bool,
 }
 
 /// A base as it is kept beside a document's tail. The two opaque parts that are needed rarely stay in the
@@ -300,7 +314,7 @@ pub trait Storage: Send + Sync + 'static {
         Ok(seat::Seat::alone())
     }
 
-    /// Remembers that a node was started on this database (clause 16).
+    /// Remembers that a node was started on this database (clause 17).
     async fn register_node(&self, node: NodeId) -> Result<(), StorageError>;
 
     /// The newest nodes that were registered, at most [`LINK_LINEAGE_MAX`], the latest first.
@@ -368,14 +382,34 @@ pub trait Storage: Send + Sync + 'static {
         older_than: Duration,
     ) -> Result<(), StorageError>;
 
-    /// Raises other regions' origins to where a snapshot was taken, creating those that are not known (clause 13).
-    async fn adopt_origins(&self, origins: &[StoredOrigin]) -> Result<(), StorageError>;
+    /// Raises other regions' origins to where a snapshot was taken, creating those that are not known, and notes which
+    /// documents it lacked (clause 13).
+    async fn adopt_origins(
+        &self,
+        origins: &[StoredOrigin],
+        missing: &[MissingDocument],
+    ) -> Result<(), StorageError>;
+
+    /// The documents that snapshots lacked and that were not found since, in the order of their ids.
+    async fn missing_documents(&self) -> Result<Vec<MissingDocument>, StorageError>;
+
+    /// A document is whole again: what it lacked is stored.
+    async fn document_found(&self, document: &DocumentId) -> Result<(), StorageError>;
 
     /// Notes how far other regions have stored logs; what goes back is ignored.
     async fn note_acknowledgements(&self, news: &[Acknowledgement]) -> Result<(), StorageError>;
 
     /// What was noted.
     async fn acknowledgements(&self) -> Result<Vec<Acknowledgement>, StorageError>;
+
+    /// Notes that a region was linked then, and whether it needs a snapshot (clause 15).
+    async fn note_member(&self, member: &Member) -> Result<(), StorageError>;
+
+    /// The regions that were ever linked, by name (clause 15).
+    async fn members(&self) -> Result<Vec<Member>, StorageError>;
+
+    /// Removes a region and its acknowledgements. Returns whether it was known.
+    async fn forget_member(&self, region: &RegionName) -> Result<bool, StorageError>;
 
     /// Up to `limit` documents after `after` in the order of their ids, deleted and quarantined ones included.
     async fn list_documents(

@@ -11,6 +11,8 @@ use isobar_protocol::replica::LinkStatus;
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 
+use crate::replication::Lag;
+
 /// How log lines look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
@@ -94,7 +96,8 @@ pub struct Metrics {
     pub quarantines: Counter,
     pub replicated_refused: Counter,
     pub cold_changes: Counter,
-    pub log_truncated_seq: Gauge,
+    pub log_truncations: Counter,
+    pub log_entries_held: Gauge,
     pub links_refused: Counter,
     pub cloned_regions: Counter,
     pub siblings: Gauge,
@@ -109,7 +112,13 @@ pub struct Metrics {
     pub link_bytes_before_compression: Counter,
     pub link_bytes_received: Counter,
     pub link_frames_waiting: Gauge,
+    pub link_bytes_waiting: Gauge,
+    pub link_answers_waiting: Gauge,
+    pub link_answers_refused: Counter,
     pub origins_forked: Counter,
+    pub documents_missing: Gauge,
+    pub snapshot_documents: Counter,
+    pub snapshot_bytes: Counter,
     pub searches: Counter,
     pub scrub_differences: Counter,
     pub scrub_repaired: Counter,
@@ -164,14 +173,15 @@ impl Metrics {
         });
     }
 
-    /// Reports a link to another region, and how long its peer has lacked the oldest own entry that it lacks.
-    pub fn link(&self, status: &LinkStatus, lag_ms: u64) {
+    /// Reports a link to another region, and what its peer lacks.
+    pub fn link(&self, status: &LinkStatus, lag: Lag) {
         let region = status.region.as_str().to_owned();
         metrics::with_local_recorder(&self.recorder, || {
             let set = |name: &'static str, value: f64| gauge!(name, "region" => region.clone()).set(value);
             set("isobar_link_behind_changes", status.behind as f64);
             set("isobar_link_ahead_changes", status.ahead as f64);
-            set("isobar_link_lag_seconds", lag_ms as f64 / 1_000.0);
+            set("isobar_link_lag_seconds", lag.ms as f64 / 1_000.0);
+            set("isobar_link_lag_bytes", lag.bytes as f64);
             set("isobar_link_in_flight_bytes", status.in_flight_bytes as f64);
             set("isobar_link_routes", status.routes as f64);
             set("isobar_link_fetches_snapshot", f64::from(u8::from(status.fetches_snapshot)));
@@ -189,6 +199,15 @@ impl Metrics {
         });
     }
 
+    /// Reports whether log entries are given up without a region.
+    pub fn needs_snapshot(&self, region: &RegionName, needs_snapshot: bool) {
+        let region = region.as_str().to_owned();
+        metrics::with_local_recorder(&self.recorder, || {
+            gauge!("isobar_region_needs_snapshot", "region" => region)
+                .set(f64::from(u8::from(needs_snapshot)));
+        });
+    }
+
     /// The counters of what is sent to a region.
     pub fn link_sent(&self, region: &RegionName) -> LinkSent {
         let region = region.as_str().to_owned();
@@ -196,6 +215,13 @@ impl Metrics {
             bytes: counter!("isobar_link_region_bytes_sent_total", "region" => region.clone()),
             throttled_microseconds: counter!("isobar_link_throttled_microseconds_total", "region" => region),
         })
+    }
+
+    /// Counts a document that another region should have had and was not given.
+    pub fn contents_withheld(&self, reason: &'static str) {
+        metrics::with_local_recorder(&self.recorder, || {
+            counter!("isobar_contents_withheld_total", "reason" => reason).increment(1);
+        });
     }
 
     /// Counts a check with another region by what came of it.
@@ -304,8 +330,21 @@ registered! {
         "The same before compression.";
     link_bytes_received: counter = "isobar_link_bytes_received_total", "Bytes received from other regions, compressed.";
     link_frames_waiting: gauge = "isobar_link_frames_waiting", "Frames that wait to be sent to other regions.";
+    link_bytes_waiting: gauge = "isobar_link_bytes_waiting",
+        "Bytes of whole documents and of entries that catch up which wait to be sent to other regions.";
+    link_answers_waiting: gauge = "isobar_link_answers_waiting",
+        "Questions of other regions that are being answered or wait for it.";
+    link_answers_refused: counter = "isobar_link_answers_refused_total",
+        "Questions of other regions that were beyond what is answered at a time.";
     origins_forked: counter = "isobar_origins_forked_total", "Origins given up because two logs exist under their name.";
+    documents_missing: gauge = "isobar_documents_missing",
+        "Documents that lack some of what the vector claims: a snapshot lacked them.";
+    snapshot_documents: counter = "isobar_snapshot_documents_total", "Documents that came with pages of snapshots.";
+    snapshot_bytes: counter = "isobar_snapshot_bytes_total", "Bytes of documents that came with pages of snapshots.";
     searches: counter = "isobar_searches_total", "Documents looked for in other regions.";
+    log_truncations: counter = "isobar_log_truncations_total", "Times that the logs were truncated.";
+    log_entries_held: gauge = "isobar_log_entries_held",
+        "Log entries that are kept because a region that is waited for has not stored them.";
     scrub_differences: counter = "isobar_scrub_differences_total",
         "Documents found by a check to differ from another region's although nothing was on its way.";
     scrub_repaired: counter = "isobar_scrub_repaired_total", "Documents of these that came to the same by the check.";
@@ -315,5 +354,4 @@ registered! {
         "Stored changes, and rows of them, whose bytes were found to be damaged.";
     bases_damaged: counter = "isobar_stored_bases_damaged_total", "Stored bases that were found to be damaged.";
     damage_mended: counter = "isobar_stored_damage_mended_total", "Documents with damaged bytes that were mended from another region.";
-    log_truncated_seq: gauge = "isobar_log_truncated_seq", "The seq up to which this node's log has been truncated.";
 }

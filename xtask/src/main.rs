@@ -1,12 +1,14 @@
 //! What the README's commands call: building, running, testing and measuring Isobar.
 
 mod bench;
+mod campaign;
 mod demo;
 mod fuzz;
 mod install;
 mod npm;
 mod postgres;
 mod process;
+mod simulate;
 mod steps;
 mod test;
 mod workspace;
@@ -33,6 +35,8 @@ enum Command {
     Test(test::Arguments),
     Fuzz(fuzz::Arguments),
     Bench(bench::Arguments),
+    Simulate(simulate::Arguments),
+    Campaign(campaign::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -53,5 +57,7 @@ fn run(arguments: Arguments) -> Result<()> {
         Command::Test(arguments) => test::run(&arguments),
         Command::Fuzz(arguments) => fuzz::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Simulate(arguments) => simulate::run(&arguments),
+        Command::Campaign(arguments) => campaign::run(&arguments),
     }
 }

@@ -7,6 +7,7 @@ use super::past::{Past, Reach};
 use super::{Graph, Node};
 use crate::base::{BaseActor, BaseEntry, BaseHead, BaseIndex, BaseSummary};
 use crate::ids::ChangeHash;
+use crate::planted::{self, Fault};
 
 /// What a graph gave up for a base. Dropping it frees the memory; that is all it is for.
 #[derive(Debug)]
@@ -61,7 +62,13 @@ impl Graph {
             let node = &covered[offset];
             BaseHead { hash: node.hash, position, max_op: node.max_op, actors: node.past.actors.clone() }
         });
-        let heads = old_heads.into_values().cloned().chain(new_heads).collect();
+        let mut heads: Vec<BaseHead> = old_heads.into_values().cloned().chain(new_heads).collect();
+        if planted::is(Fault::ForgetBaseHeads) {
+            heads.drain(1..);
+        }
+        if planted::is(Fault::ForgetBaseAuthors) {
+            actors.iter_mut().for_each(|actor| actor.last_seq = 0);
+        }
         (BaseSummary { change_count: cut, max_op, heads, actors }, entries)
     }
 

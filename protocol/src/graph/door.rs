@@ -14,6 +14,7 @@ use super::{ActorState, Graph, Lookup, Node};
 use crate::change::Change;
 use crate::config::{ANCESTRY_STEPS_PER_CHANGE, Limits, MAX_OP_MAX, START_OP_JUMP_MAX};
 use crate::ids::{ActorId, ChangeHash};
+use crate::planted::{self, Fault};
 
 /// Why a change was refused. Nothing was changed, except that changes which waited for this one are forgotten, since
 /// they can never be complete. Whether a change is refused depends on its ancestors and on its author's other
@@ -144,7 +145,9 @@ impl Graph {
         let last_seq = self.actor(&change.actor).map_or(0, |actor| actor.last_seq);
         match self.lookup(&change.hash) {
             Lookup::AskIndex if change.seq > last_seq => Ok(Lookup::Absent),
-            Lookup::Absent if change.seq <= last_seq => Err(Refusal::SeqReused { seq: change.seq }),
+            Lookup::Absent if change.seq <= last_seq && !planted::is(Fault::LetInReused) => {
+                Err(Refusal::SeqReused { seq: change.seq })
+            }
             lookup => Ok(lookup),
         }
     }
@@ -165,7 +168,7 @@ impl Graph {
                 Lookup::Absent => missing.push(*dependency),
             }
         }
-        if missing.is_empty() {
+        if missing.is_empty() || planted::is(Fault::LetInIncomplete) {
             parents.sort_unstable();
             Resolved::All(parents)
         } else {
@@ -183,16 +186,17 @@ impl Graph {
     ) -> Result<Option<Arc<Past>>, Refusal> {
         let last = self.actor(&change.actor);
         let last_seq = last.map_or(0, |actor| actor.last_seq);
-        if change.seq <= last_seq {
+        let is_reused = change.seq <= last_seq && planted::is(Fault::LetInReused);
+        if change.seq <= last_seq && !is_reused {
             return Err(Refusal::SeqReused { seq: change.seq });
         }
-        if change.seq != last_seq + 1 {
+        if change.seq != last_seq + 1 && !is_reused {
             return Err(Refusal::SeqGap { last: last_seq, found: change.seq });
         }
         let Some((past, reached)) = self.past_of(parents, steps)? else {
             return Ok(None);
         };
-        if let Some(actor) = last {
+        if let Some(actor) = last.filter(|_| !is_reused) {
             match self.descends_from(parents, actor.last_position, &past, steps)? {
                 Some(true) => {}
                 Some(false) => return Err(Refusal::PreviousNotAncestor),
@@ -226,6 +230,9 @@ impl Graph {
             self.staged_heads.remove(parent);
         }
         self.staged_heads.insert(position);
+        if planted::is(Fault::ShowStaged) {
+            self.heads.insert(change.hash, position);
+        }
         self.nodes.push(Node {
             hash: change.hash,
             parents,

@@ -28,6 +28,8 @@
 //! FingerprintsRequest 30 request document*
 //! PositionsRequest    31 request
 //! PositionsAnswer     32 request (origin seq)*?
+//! Part            40   transfer left bytes
+//! Missing         41   (document group)*
 //!
 //! progress = origin region group seq chain             origin and chain: 16 bytes each
 //! contents = document group 0 change*                  without a base
@@ -81,6 +83,8 @@ mod kind {
     pub const FINGERPRINTS_REQUEST: u8 = 30;
     pub const POSITIONS_REQUEST: u8 = 31;
     pub const POSITIONS_ANSWER: u8 = 32;
+    pub const PART: u8 = 40;
+    pub const MISSING: u8 = 41;
 }
 
 const STANDING_ABSENT: u8 = 0;
@@ -120,5 +124,10 @@ pub fn encode(frame: &LinkFrame) -> Vec<u8> {
 
 /// Reads a frame.
 pub fn decode(frame: Bytes) -> Result<LinkFrame, LinkFrameError> {
-    decode::decode(&frame)
+    decode::decode(&frame, crate::config::LINK_FRAME_BYTES_MAX)
+}
+
+/// Reads a frame that was put together of parts, which may be longer than others.
+pub fn decode_parted(frame: Bytes) -> Result<LinkFrame, LinkFrameError> {
+    decode::decode(&frame, crate::config::LINK_PARTED_BYTES_MAX)
 }

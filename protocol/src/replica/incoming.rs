@@ -2,11 +2,12 @@
 
 use bytes::Bytes;
 
-use super::{Effect, LinkId, Moment, Origin, ReceivedRun, Replica, Stored};
+use super::{Effect, LinkId, Moment, Origin, ReceivedRun, Replica, Stored, agree};
 use crate::config::{Limits, RENEW_PATIENCE_MS};
 use crate::ids::{DocumentId, OriginId, Seq};
 use crate::link::Progress;
 use crate::log::{Chain, Content, Entry, Opened, encode_run, open_run};
+use crate::planted::{self, Fault};
 
 impl Replica {
     pub(super) fn receive_have(&mut self, now: Moment, link: LinkId, origins: &[Progress]) {
@@ -19,7 +20,7 @@ impl Replica {
     fn note_progress(&mut self, now: Moment, link: LinkId, theirs: &Progress) {
         let id = theirs.origin;
         let Some(known) = self.links.get(&link) else { return };
-        if !self.shares(known, &theirs.group) {
+        if !self.may_take(known, &theirs.group) {
             return;
         }
         if !self.origins.contains_key(&id) {
@@ -33,7 +34,7 @@ impl Replica {
         if origin.group != theirs.group {
             return;
         }
-        if origin.durable.0 == theirs.seq && origin.durable.1 != theirs.chain {
+        if origin.durable.0 == theirs.seq && !agree(origin.durable.1, theirs.chain) {
             return self.fork(now, id, theirs.seq);
         }
         if origin.own && theirs.seq > origin.durable.0 {
@@ -77,11 +78,12 @@ impl Replica {
             || origin.sibling
             || origin.forked
             || first == Seq(0)
-            || !self.shares(known, &origin.group)
+            || !self.may_take(known, &origin.group)
         {
             return;
         }
-        if first.0 > origin.received.0.0 + 1 {
+        let is_early = first.0 > origin.received.0.0 + 1;
+        if is_early && !planted::is(Fault::TakeAfterGap) {
             let renewed = |at: Option<Moment>| at.is_some_and(|at| now.0 - at.0 < RENEW_PATIENCE_MS);
             if origin.route.is_some_and(|route| route.link == link && !renewed(route.renewed_at)) {
                 self.renew_route(now, id);
@@ -96,9 +98,9 @@ impl Replica {
         if entries.is_empty() || last <= origin.received.0 {
             return;
         }
-        let skip = (origin.received.0.0 + 1 - first.0) as usize;
+        let skip = (origin.received.0.0 + 1).saturating_sub(first.0) as usize;
         let (chain_before, after) = chains(chain, &entries, skip);
-        if chain_before != origin.received.1 {
+        if !is_early && !agree(chain_before, origin.received.1) {
             return self.fork(now, id, origin.received.0);
         }
         self.hand_over(link, id, entries, skip, body, (last, after));
@@ -120,6 +122,9 @@ impl Replica {
         let (before, chain_before) = std::mem::replace(&mut origin.received, end);
         origin.handed = origin.handed.max(end.0);
         origin.storing.insert(end.0, end.1);
+        if planted::is(Fault::CountUnstored) {
+            origin.durable = end;
+        }
         entries.drain(..skip);
         let body = if skip == 0 { body.clone() } else { repacked(&entries) };
         let run = ReceivedRun {

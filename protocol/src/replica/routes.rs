@@ -76,7 +76,7 @@ impl Replica {
         let known = self.links.get(&link)?;
         let seq = known.theirs.get(&id)?;
         let truncated = known.floors.get(&id).is_some_and(|floor| *floor > origin.received.0);
-        (!truncated && self.shares(known, &origin.group)).then_some(*seq)
+        (!truncated && self.may_take(known, &origin.group)).then_some(*seq)
     }
 
     fn take_route(&mut self, id: OriginId, link: LinkId, renewed_at: Option<Moment>) {

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use bytes::Bytes;
 
-use super::{Effect, Link, LinkId, LogRead, LogSlice, Moment, Replica};
+use super::{Effect, Link, LinkId, LogRead, LogSlice, Moment, Replica, agree};
 use crate::config::{
     CATCH_UP_ENTRIES, CATCH_UP_WINDOW_BYTES, ENTRIES_BYTES, LINK_WINDOW_BYTES, READ_RETRY_MS,
 };
@@ -55,10 +55,10 @@ impl Replica {
         self.unsubscribed(now, link, id);
         let Some(origin) = self.origins.get(&id) else { return };
         let Some(known) = self.links.get(&link) else { return };
-        if origin.forked || !self.shares(known, &origin.group) {
+        if origin.forked || !self.may_send(known, &origin.group) {
             return;
         }
-        if after == origin.durable.0 && chain != origin.durable.1 {
+        if after == origin.durable.0 && !agree(chain, origin.durable.1) {
             return self.fork(now, id, after);
         }
         let stream = Stream {
@@ -190,7 +190,7 @@ fn cut(cursor: Seq, claimed: Option<Chain>, runs: &[LogSlice], durable: Seq) -> 
         return Cut::Nothing;
     }
     let Some(first) = after_cursor(cursor, first) else { return Cut::Nothing };
-    if claimed.is_some_and(|chain| chain != first.chain_before) {
+    if claimed.is_some_and(|chain| !agree(chain, first.chain_before)) {
         return Cut::Forked;
     }
     let mut slices = vec![first];

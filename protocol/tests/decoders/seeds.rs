@@ -10,10 +10,12 @@ use automerge::sync::{self, SyncDoc};
 use automerge::transaction::Transactable;
 use automerge::{AutoCommit, ROOT, SaveOptions};
 use bytes::Bytes;
+use isobar_protocol::base::{BaseIndex, BaseSummary};
 use isobar_protocol::bloom::BloomFilter;
 use isobar_protocol::change::Change;
 use isobar_protocol::chunk::{ChunkKind, census, chunks};
 use isobar_protocol::config::Limits;
+use isobar_protocol::graph::Graph;
 use isobar_protocol::ids::{
     ChangeHash, DocumentId, OriginId, PeerId, PlacementGroup, RegionName, Seq, StorageId,
 };
@@ -358,6 +360,33 @@ fn notice_seeds_are_accepted() {
     };
     for seed in seeds("notice", make) {
         assert!(Notice::decode(&seed.into()).unwrap().is_some());
+    }
+}
+
+#[test]
+fn base_seeds_are_accepted() {
+    let make = || {
+        let parts = |salt, divisor| {
+            let mut graph = Graph::new();
+            for change in follow(&script(salt)).get_changes(&[]) {
+                let bytes = Bytes::copy_from_slice(change.raw_bytes());
+                let change = Change::decode(bytes, &Limits::default()).unwrap();
+                graph.ingest(change, &Limits::default()).unwrap();
+            }
+            graph.advance_durable(graph.staged_end());
+            let (summary, entries) = graph.summarise(graph.staged_end() / divisor);
+            let index = BaseIndex::default().extended(entries.into_iter());
+            let summary = summary.encode();
+            [&u16::try_from(summary.len()).unwrap().to_le_bytes(), &summary[..], &index.encode()].concat()
+        };
+        vec![parts(1, 1), parts(2, 2), parts(5, 1), parts(9, 4)]
+    };
+    for seed in seeds("base", make) {
+        let (length, rest) = seed.split_first_chunk::<2>().unwrap();
+        let (summary, index) = rest.split_at(usize::from(u16::from_le_bytes(*length)));
+        let (summary, index) = (BaseSummary::decode(summary).unwrap(), BaseIndex::decode(index).unwrap());
+        assert_eq!(summary.change_count, index.len() as u64);
+        assert!(summary.heads.iter().all(|head| index.position_of(&head.hash) == Some(head.position)));
     }
 }
 

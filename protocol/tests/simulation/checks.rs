@@ -1,12 +1,21 @@
-//! What is looked at after every step: frames as they are sent, heads as they move, and now and then everything.
+//! What is looked at, and when.
+//!
+//! - As it happens: every frame that is sent, every run that is taken in, heads whenever they move or are loaded, every
+//!   acknowledgement, receipt and presence message, every entry against all that were ever written under its origin.
+//! - After every step: what the step has changed on disks, that is origins (dense, and all that is new under them is kept) and
+//!   documents (in their groups, whole, not resurrected).
+//! - Every 256 events, at starts and truncations, and at the end: everything on every disk, bytes of deleted documents and
+//!   windows of links among it. What breaks otherwise than in a step that touches it shows only then.
 
 use isobar_protocol::config::{LINK_WINDOW_BYTES, Limits};
-use isobar_protocol::ids::{DocumentId, OriginId, PlacementGroup, Seq};
+use isobar_protocol::ids::{ChangeHash, DocumentId, OriginId, PlacementGroup, Seq};
 use isobar_protocol::link::{LinkFrame, Progress};
 use isobar_protocol::log::{Chain, open_run};
 use isobar_protocol::replica::{LinkId, ReceivedRun};
 
+use crate::bases::covered_by;
 use crate::disk::{Disk, OriginRow};
+use crate::events::Event;
 use crate::ledger::{Invariant, Name};
 use crate::plan::Planted;
 use crate::region::name_of;
@@ -24,7 +33,7 @@ impl World {
             LinkFrame::Have { origins } => origins.iter().for_each(|it| self.check_progress(at, to, it)),
             // Runs that were handed over and are not stored yet are asked beyond; they were durable elsewhere.
             LinkFrame::Subscribe { origin, after, chain }
-                if self.ledger.chain(*origin, *after) != Some(*chain) =>
+                if !self.ledger.is_chain(*origin, *after, *chain) =>
             {
                 self.violate(Invariant::DenseLog, || format!("r{at} asks for {origin:?} after {after:?}"));
             }
@@ -43,8 +52,11 @@ impl World {
                 vector.iter().for_each(|it| self.check_progress(at, to, it));
                 for contents in documents {
                     self.check_residency(at, to, &contents.document, &contents.group);
-                    let stored = |bytes| self.regions[at].disk.holds(&contents.document, &name_of(bytes));
-                    if !contents.changes.iter().all(stored) {
+                    let row = self.regions[at].disk.documents.get(&contents.document);
+                    let stored = |hash: &ChangeHash| row.is_some_and(|row| row.holds(hash));
+                    let covered = contents.base.iter().flat_map(|base| covered_by(&base.chunk));
+                    let all = covered.chain(contents.changes.iter().map(name_of)).all(|hash| stored(&hash));
+                    if !all {
                         self.violate(Invariant::DurableBeforeAdvertised, || format!("r{at} sends a page"));
                     }
                 }
@@ -54,6 +66,10 @@ impl World {
                     let group = self.group_of(document);
                     self.check_residency(at, to, document, &group);
                 }
+            }
+            LinkFrame::HeadsRequest { document, .. } => {
+                let group = self.group_of(document);
+                self.check_residency(at, to, document, &group);
             }
             LinkFrame::Presence { document, sender, .. } => {
                 self.check_presence_frame(at, to, document, sender);
@@ -76,12 +92,12 @@ impl World {
                 format!("r{at} announces {progress:?}, durable is {durable:?}")
             });
         }
-        if self.ledger.chain(progress.origin, progress.seq) != Some(progress.chain) {
+        if !self.ledger.is_chain(progress.origin, progress.seq, progress.chain) {
             self.violate(Invariant::OneEntryPerSeq, || {
                 format!("r{at} announces {progress:?}, never written")
             });
         }
-        if !self.regions[to].groups.contains(&progress.group) {
+        if !self.regions[to].groups.contains(&progress.group) && !self.is_planted(Planted::TrustSenders) {
             self.violate(Invariant::Residency, || format!("r{at} tells r{to} of {progress:?}"));
         }
     }
@@ -105,7 +121,10 @@ impl World {
                 format!("r{at} sends {origin:?} to {last:?}")
             });
         }
-        if self.ledger.chain(origin, Seq(first.0 - 1)) != Some(chain) {
+        if self.ledger.forked.contains(&origin) {
+            return;
+        }
+        if !self.ledger.is_chain(origin, Seq(first.0 - 1), chain) {
             self.violate(Invariant::DenseLog, || format!("r{at} sends a wrong chain of {origin:?}"));
         }
         for (seq, (document, opened)) in (first.0..).zip(&entries) {
@@ -117,13 +136,15 @@ impl World {
             self.check_residency(at, to, document, &group);
         }
         let logged = self.ledger.logs.get(&origin).map(|log| log.group.clone());
-        if logged.is_some_and(|group| !self.regions[to].groups.contains(&group)) {
+        let trusted = self.is_planted(Planted::TrustSenders);
+        if logged.is_some_and(|group| !self.regions[to].groups.contains(&group)) && !trusted {
             self.violate(Invariant::Residency, || format!("r{at} sends {origin:?} to r{to}"));
         }
     }
 
     pub fn check_residency(&mut self, at: usize, to: usize, document: &DocumentId, group: &PlacementGroup) {
-        if !self.regions[to].groups.contains(group) || *group != self.group_of(document) {
+        let is_for = self.regions[to].groups.contains(group) || self.is_planted(Planted::TrustSenders);
+        if !is_for || *group != self.group_of(document) {
             self.violate(Invariant::Residency, || format!("r{at} sends {document:?} of {group} to r{to}"));
         }
     }
@@ -134,7 +155,7 @@ impl World {
         if run.last.0 + 1 - run.first.0 != run.entries.len() as u64 {
             self.violate(Invariant::DenseLog, || format!("r{at} is handed a run of another length"));
         }
-        if self.ledger.chain(origin, Seq(run.first.0 - 1)) != Some(run.chain_before) {
+        if !self.ledger.is_chain(origin, Seq(run.first.0 - 1), run.chain_before) {
             self.violate(Invariant::DenseLog, || format!("r{at} is handed {origin:?} from {:?}", run.first));
         }
         if !self.regions[at].groups.contains(&run.group) {
@@ -157,15 +178,14 @@ impl World {
             }
             return;
         };
-        let mut shown = graph.heads();
-        if self.is_planted(Planted::ForgetDependencies) {
-            let named = |hash| row.changes.values().any(|it| it.change.deps.contains(hash));
-            shown = row.changes.keys().filter(|hash| !named(hash)).copied().collect();
-        }
-        let expected = row.heads();
+        let shown = graph.heads();
+        // As long as commits are under way, the disk may be ahead of a change that stands before in memory.
+        let is_over = region.node.as_ref().is_some_and(|it| it.queue.is_empty() && it.batch.is_none());
+        let waits = |hash: &ChangeHash| graph.position(hash).is_some_and(|it| it >= graph.durable_end());
+        let expected = row.heads(|hash| is_over || !waits(hash));
         if shown != expected {
             let blocked = format!("{:?} is next of {}", graph.hash(graph.durable_end()), graph.staged_end());
-            let stored = shown.iter().all(|hash| row.changes.contains_key(hash));
+            let stored = shown.iter().all(|hash| row.holds(hash));
             let invariant =
                 if stored { Invariant::CausalVisibility } else { Invariant::DurableBeforeAdvertised };
             self.violate(invariant, || {
@@ -176,6 +196,34 @@ impl World {
         }
     }
 
+    /// Notes that the present step changes a document on a disk.
+    pub fn touch(&mut self, at: usize, document: &DocumentId) {
+        self.touched.insert((at, document.clone()));
+    }
+
+    /// Looks at what the step that is over has changed.
+    pub fn audit_step(&mut self) {
+        for (at, origin) in std::mem::take(&mut self.moved) {
+            let from = self.looked_at.get(&(at, origin)).copied().unwrap_or(Seq(0));
+            let Some(row) = self.regions[at].disk.origins.get(&origin) else { continue };
+            let seq = row.seq;
+            let found = gap(row).map(|gap| (Invariant::DenseLog, format!("{origin:?} {gap}")));
+            let found = found.or_else(|| self.audit_origin(at, origin, from));
+            self.looked_at.insert((at, origin), seq);
+            self.found(at, found);
+        }
+        for (at, document) in std::mem::take(&mut self.touched) {
+            let found = self.audit_document(at, &document);
+            self.found(at, found);
+        }
+    }
+
+    fn found(&mut self, at: usize, found: Option<(Invariant, String)>) {
+        if let Some((invariant, detail)) = found {
+            self.violate(invariant, || format!("r{at}: {detail}"));
+        }
+    }
+
     /// Looks at everything that is durable.
     pub fn audit(&mut self) {
         for at in 0..self.regions.len() {
@@ -183,52 +231,66 @@ impl World {
             found = found.or_else(|| self.audit_documents(at));
             found = found.or_else(|| self.audit_vector(at));
             found = found.or_else(|| self.audit_windows(at));
-            if let Some((invariant, detail)) = found {
-                self.violate(invariant, || format!("r{at}: {detail}"));
-            }
+            self.found(at, found);
         }
     }
 
     fn audit_documents(&self, at: usize) -> Option<(Invariant, String)> {
         let region = &self.regions[at];
-        for (document, row) in &region.disk.documents {
-            if !region.groups.contains(&row.group) {
-                return Some((Invariant::Residency, format!("{document:?} of {} is here", row.group)));
-            }
-            if row.deleted_at_ms.is_some() && !row.changes.is_empty() {
-                return Some((Invariant::NoResurrection, format!("{document:?} has changes again")));
-            }
+        let found = region.disk.documents.keys().find_map(|document| self.audit_document(at, document));
+        if found.is_some() {
+            return found;
         }
         let gone = region.deleted.iter().find(|it| !region.disk.is_deleted(it));
         if let Some(document) = gone {
             return Some((Invariant::NoResurrection, format!("{document:?} is not deleted any more")));
         }
-        let shown = region
-            .node
-            .as_ref()
-            .and_then(|node| node.graphs.keys().find(|document| region.disk.is_deleted(document)));
+        // Until it has taken note of the commit, the node does not know.
+        let idle = region.node.as_ref().filter(|node| node.is_idle());
+        let shown =
+            idle.and_then(|node| node.graphs.keys().find(|document| region.disk.is_deleted(document)));
         shown.map(|document| (Invariant::NoResurrection, format!("{document:?} is in memory")))
+    }
+
+    fn audit_document(&self, at: usize, document: &DocumentId) -> Option<(Invariant, String)> {
+        let region = &self.regions[at];
+        let row = region.disk.documents.get(document)?;
+        if !region.groups.contains(&row.group) {
+            return Some((Invariant::Residency, format!("{document:?} of {} is here", row.group)));
+        }
+        if row.deleted_at_ms.is_some() && !row.is_empty() {
+            return Some((Invariant::NoResurrection, format!("{document:?} has changes again")));
+        }
+        let base = row.base.as_ref()?;
+        let complete =
+            base.covered.len() as u64 == base.summary.change_count && base.index.len() == base.covered.len();
+        (!complete).then(|| (Invariant::AcknowledgedMeansKept, format!("{document:?} has a torn base")))
     }
 
     /// Whatever the vector covers is in the documents, unless it was deleted somewhere.
     fn audit_vector(&self, at: usize) -> Option<(Invariant, String)> {
+        let origins = self.regions[at].disk.origins.keys();
+        origins.into_iter().find_map(|origin| self.audit_origin(at, *origin, Seq(0)))
+    }
+
+    fn audit_origin(&self, at: usize, origin: OriginId, from: Seq) -> Option<(Invariant, String)> {
         let region = &self.regions[at];
-        for (origin, row) in &region.disk.origins {
-            let Some(log) = self.ledger.logs.get(origin) else { continue };
-            for (seq, (document, name)) in (1..=row.seq.0).zip(&log.entries) {
-                let kept = match name {
-                    Name::Change(hash) => {
-                        region.disk.holds(document, hash)
-                            || region.disk.is_deleted(document)
-                            // Its bytes may be gone ahead of the tombstone.
-                            || self.ledger.was_deleted(document)
-                    }
-                    Name::Tombstone(_) => region.disk.is_deleted(document),
-                };
-                if !kept {
-                    let detail = format!("{origin:?} {seq} of {document:?} is missing: {name:?}");
-                    return Some((Invariant::AcknowledgedMeansKept, detail));
+        let row = &region.disk.origins[&origin];
+        let log = self.ledger.logs.get(&origin).filter(|_| !self.ledger.forked.contains(&origin))?;
+        let new = (from.0 + 1..=row.seq.0).zip(log.entries.iter().skip(from.0 as usize));
+        for (seq, (document, name)) in new {
+            let kept = match name {
+                Name::Change(hash) => {
+                    region.disk.holds(document, hash)
+                        || region.disk.is_deleted(document)
+                        // Its bytes may be gone ahead of the tombstone.
+                        || self.ledger.was_deleted(document)
                 }
+                Name::Tombstone(_) => region.disk.is_deleted(document),
+            };
+            if !kept {
+                let detail = format!("{origin:?} {seq} of {document:?} is missing: {name:?}");
+                return Some((Invariant::AcknowledgedMeansKept, detail));
             }
         }
         None
@@ -246,24 +308,41 @@ impl World {
         let Some(graph) = self.regions[at].node.as_ref().and_then(|node| node.graphs.get(document)) else {
             return;
         };
+        let row = self.regions[at].disk.documents.get(document);
+        let kept = |hash: &&ChangeHash| {
+            let durable = graph.position(hash).is_some_and(|it| hastily || it < graph.durable_end());
+            durable || row.is_some_and(|row| row.covers(hash))
+        };
         let mut promised = Vec::new();
-        for client in self.clients.iter_mut().filter(|client| client.region == at) {
-            let Some(view) = client.views.get_mut(document) else { continue };
-            let kept = |hash: &isobar_protocol::ids::ChangeHash| {
-                let position = graph.position(hash);
-                position.is_some_and(|position| hastily || position < graph.durable_end())
-            };
-            promised.extend(view.unacknowledged.extract_if(.., |hash| kept(hash)));
+        for (number, client) in self.clients.iter().enumerate().filter(|(_, client)| client.region == at) {
+            let Some(view) = client.views.get(document) else { continue };
+            let changes: Vec<ChangeHash> = view.unacknowledged.iter().filter(kept).copied().collect();
+            if !changes.is_empty() {
+                promised.push((number, changes));
+            }
         }
-        for hash in promised {
+        for (client, changes) in promised {
+            self.promise(at, client, document, changes);
+        }
+    }
+
+    /// Tells a client that changes are kept. It may never hear of it.
+    fn promise(&mut self, at: usize, client: usize, document: &DocumentId, changes: Vec<ChangeHash>) {
+        for hash in &changes {
             self.count("acknowledged");
-            if !self.regions[at].disk.holds(document, &hash) {
+            let disk = &self.regions[at].disk;
+            if !disk.holds(document, hash) && !disk.is_deleted(document) {
                 self.violate(Invariant::DurableBeforeAdvertised, || {
                     format!("r{at} acknowledges {hash:?} of {document:?}, which is not stored")
                 });
             }
-            self.ledger.acknowledged.insert((document.clone(), hash));
+            self.ledger.acknowledged.insert((document.clone(), *hash));
         }
+        if !self.calm && self.rng.chance(10) {
+            return self.count("lost acknowledgements");
+        }
+        let delay = self.rng.range(1, 30);
+        self.after(delay, Event::Acknowledged { client, document: document.clone(), changes });
     }
 }
 

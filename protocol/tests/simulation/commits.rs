@@ -1,398 +1,267 @@
-//! Submitting and committing: what is submitted is staged in the graphs at once, and durable with the commit that takes it.
+//! Committing: one batch at a time goes to the disk, whole or not at all; what the node does after it are steps of their own,
+//! and the node may die before any of them.
+//!
+//! A commit may fail passingly and be repeated as it stands, and it may have been done although it is reported as failed. A node
+//! that dies while its commit is under way does not know whether it is done, and it may be done long after.
 
-use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use isobar_protocol::config::Limits;
-use isobar_protocol::graph::{Graph, Ingested};
-use isobar_protocol::ids::{ChangeHash, DocumentId, OriginId, PlacementGroup, Seq};
-use isobar_protocol::link::{DocumentContents, Progress};
+use isobar_protocol::ids::{DocumentId, OriginId, PlacementGroup, Seq};
+use isobar_protocol::link::Progress;
 use isobar_protocol::log::{Chain, Content, Entry, Opened, encode_run};
-use isobar_protocol::replica::{ReceivedRun, Stored};
+use isobar_protocol::replica::Stored;
 
-use crate::change_bytes::Made;
 use crate::disk::Run;
-use crate::ledger::Invariant;
+use crate::events::Event;
 use crate::plan::Planted;
-use crate::region::{Own, Submission, name_of};
-use crate::world::{Event, World};
+use crate::region::{Own, Submission};
+use crate::trace;
+use crate::world::World;
+
+/// How often a commit fails passingly, and how often it was done all the same, in percent.
+const FAILS_PERCENT: u32 = 4;
+const DONE_ALL_THE_SAME_PERCENT: u32 = 40;
+
+/// How often a commit is done after its node has died, in percent.
+const OUTLIVES_PERCENT: u32 = 60;
+
+/// What is committed at once.
+#[derive(Debug)]
+pub struct Batch {
+    pub items: Vec<Submission>,
+    /// The runs of own origins, numbered from where the node believes them to be.
+    own: Vec<(Run, Vec<(DocumentId, Opened)>)>,
+    /// The number of the last submission in it.
+    last: u64,
+}
+
+/// What a node does after a commit, one step after the other.
+#[derive(Debug)]
+pub enum After {
+    /// The document is not in memory any more: it was deleted, or something of it that was staged is not stored.
+    Drop {
+        document: DocumentId,
+        deleted: bool,
+    },
+    Advance(DocumentId),
+    Acknowledge(DocumentId),
+    Tell(News),
+    /// Records which documents are not served, as far as the reason is durable.
+    Quarantine {
+        last: u64,
+    },
+}
 
 /// What the replica hears after a commit.
-enum News {
+#[derive(Debug)]
+pub enum News {
     Own(Progress),
     Stored { origin: OriginId, last: Seq, outcome: Stored },
     PageStored,
-    Adopted(Vec<Progress>),
+}
+
+/// What a commit has done to the disk.
+#[derive(Debug, Default)]
+pub struct Done {
+    pub news: Vec<News>,
+    pub touched: BTreeSet<DocumentId>,
+    pub dropped: BTreeMap<DocumentId, bool>,
 }
 
 impl World {
-    /// Brings a document's graph to life: what is durable, then what was submitted. `None` if the document is not served.
-    pub fn graph(&mut self, at: usize, document: &DocumentId) -> Option<&mut Graph> {
-        let node = self.regions[at].node.as_ref()?;
-        let row = self.regions[at].disk.documents.get(document);
-        let served = row.is_none_or(|row| row.deleted_at_ms.is_none() && !row.quarantined);
-        if !served || node.refused.contains(document) {
-            return None;
-        }
-        if !node.graphs.contains_key(document) {
-            self.count("loads");
-            let (graph, refused) = self.load(at, document);
-            let region = &mut self.regions[at];
-            let node = region.node.as_mut().expect("it was there a moment ago");
-            if refused {
-                self.refuse(at, document);
-                return None;
-            }
-            node.graphs.insert(document.clone(), graph);
-        }
-        self.regions[at].node.as_mut()?.graphs.get_mut(document)
-    }
-
-    fn load(&self, at: usize, document: &DocumentId) -> (Graph, bool) {
-        let mut graph = Graph::new();
-        let mut refused = false;
-        let limits = Limits::stored();
-        if let Some(row) = self.regions[at].disk.documents.get(document) {
-            for made in row.changes.values() {
-                refused |= graph.ingest(made.change.clone(), &limits).is_err();
-            }
-        }
-        graph.advance_durable(graph.staged_end());
-        let row = self.regions[at].disk.documents.get(document);
-        let is_here = |hash| graph.position(hash).is_some() || graph.is_pending(hash);
-        refused |= row.is_some_and(|row| !row.changes.keys().all(is_here));
-        let node = self.regions[at].node.as_ref().expect("only nodes load");
-        let submitted = node.submitted().flat_map(|submission| submission.changes(&self.changes));
-        for (_, made) in submitted.filter(|(id, _)| *id == document) {
-            refused |= graph.ingest(made.change.clone(), &limits).is_err();
-        }
-        (graph, refused)
-    }
-
-    /// A stored change does not fit its document: the document is served no more. It is recorded with the next commit.
-    fn refuse(&mut self, at: usize, document: &DocumentId) {
-        if self.is_planted(Planted::IgnoreClones) {
-            return;
-        }
-        self.count("refused");
-        let region = &mut self.regions[at];
-        let node = region.node.as_mut().expect("only nodes refuse");
-        node.graphs.remove(document);
-        node.refused.insert(document.clone());
-        if node.submitted().next().is_none()
-            && let Some(row) = region.disk.documents.get_mut(document)
-        {
-            row.quarantined = true;
-        }
-    }
-
-    /// Stages what is submitted, and has it committed.
-    pub fn submit(&mut self, at: usize, submission: Submission) {
-        let made = &self.changes;
-        let changes: Vec<(DocumentId, Arc<Made>)> = match &submission {
-            Submission::Own { .. } => Vec::new(),
-            other => other.changes(made).into_iter().map(|(id, made)| (id.clone(), made.clone())).collect(),
-        };
-        let node = self.regions[at].node.as_mut().expect("only nodes submit");
-        node.queue.push(submission);
-        for (document, made) in changes {
-            // A document that is not in memory is brought there when somebody wants it.
-            let resident = self.regions[at].node.as_ref().is_some_and(|it| it.graphs.contains_key(&document));
-            if (resident || self.rng.chance(50))
-                && let Some(graph) = self.graph(at, &document)
-            {
-                let ingested = graph.ingest(made.change.clone(), &Limits::stored());
-                let ingested = ingested.ok();
-                self.staged(at, &document, ingested);
-            }
-        }
-        self.start_commit(at);
-    }
-
-    /// Logs what was staged and nobody stores yet: changes of clients that waited for a dependency. `None`: it was refused.
-    pub fn staged(&mut self, at: usize, document: &DocumentId, ingested: Option<Ingested>) {
-        let positions = match ingested {
-            None => return self.refuse(at, document),
-            Some(Ingested::Staged(positions)) => positions,
-            Some(Ingested::Pending) => return self.count("pending"),
-            Some(_) => return,
-        };
-        let region = &self.regions[at];
-        let node = region.node.as_ref().expect("only nodes stage");
-        let Some(graph) = node.graphs.get(document) else { return };
-        let mut unlogged: Vec<ChangeHash> = positions.filter_map(|position| graph.hash(position)).collect();
-        unlogged.retain(|it| !region.disk.holds(document, it));
-        for (_, made) in node.submitted().flat_map(|submission| submission.changes(&self.changes)) {
-            unlogged.retain(|it| *it != made.change.hash);
-        }
-        let group = self.group_of(document);
-        for hash in unlogged {
-            let content = Own::Change(self.changes[&hash].clone());
-            let own = Submission::Own { group: group.clone(), document: document.clone(), content };
-            self.regions[at].node.as_mut().expect("only nodes stage").queue.push(own);
-        }
-    }
-
     pub fn start_commit(&mut self, at: usize) {
-        let region = &mut self.regions[at];
-        let life = region.life;
-        let Some(node) = &mut region.node else { return };
-        if node.queue.is_empty() || !node.committing.is_empty() {
+        let life = self.regions[at].life;
+        let Some(node) = &mut self.regions[at].node else { return };
+        if node.queue.is_empty() || node.batch.is_some() || !node.after.is_empty() {
             return;
         }
-        node.committing = std::mem::take(&mut node.queue);
+        // Documents of a page are stored one by one.
+        let page = node.queue.iter().position(|item| matches!(item, Submission::Contents { .. }));
+        let items: Vec<Submission> = node.queue.drain(..page.map_or(node.queue.len(), |it| it + 1)).collect();
+        let last = node.submissions - node.queue.len() as u64;
+        let own = self.own_runs(at, &items);
+        let node = self.regions[at].node.as_mut().expect("it was there a moment ago");
+        node.batch = Some(Batch { items, own, last });
         let delay = self.rng.range(1, self.plan.commit_ms.max(2));
         self.after(delay, Event::CommitDone(at, life));
+        self.survives_step(at);
     }
 
+    /// The answer of the database: done, or failed for now. Then it is tried again.
     pub fn commit_done(&mut self, at: usize) {
-        let (news, touched) = self.commit(at);
-        for document in &touched {
-            self.advance(at, document);
+        let node = self.regions[at].node.as_mut().expect("it lives");
+        let Some(batch) = node.batch.take() else { return };
+        let life = self.regions[at].life;
+        if !self.calm && self.rng.chance(FAILS_PERCENT) {
+            self.count("failed commits");
+            if self.rng.chance(DONE_ALL_THE_SAME_PERCENT) {
+                self.count("failed commits that were done");
+                self.store(at, &batch);
+            }
+            trace::note(|| format!("  r{at} commit fails"));
+            self.regions[at].node.as_mut().expect("it lives").batch = Some(batch);
+            let delay = self.rng.range(1, 50);
+            return self.after(delay, Event::CommitDone(at, life));
         }
-        for document in &touched {
-            self.acknowledge(at, document);
+        let done = self.store(at, &batch);
+        let tells_first = self.rng.chance(50);
+        let node = self.regions[at].node.as_mut().expect("it lives");
+        for (run, _) in &batch.own {
+            node.positions.insert(run.origin, (run.last, run.chain));
         }
-        for item in news {
-            self.call(at, |replica, now| match item {
-                News::Own(progress) => replica.own_appended(now, progress),
-                News::Stored { origin, last, outcome } => replica.stored(now, origin, last, outcome),
-                News::PageStored => replica.page_stored(now),
-                News::Adopted(origins) => replica.adopted(now, &origins),
-            });
+        node.after = steps(done, batch.last, tells_first);
+        let delay = self.rng.range(0, 3);
+        self.after(delay, Event::Committed(at, life));
+    }
+
+    /// Takes the steps after a commit. The node may die before any of them.
+    pub fn committed(&mut self, at: usize) {
+        loop {
+            if !self.survives_step(at) {
+                return;
+            }
+            let Some(node) = &mut self.regions[at].node else { return };
+            let Some(step) = node.after.pop_front() else { break };
+            trace::note(|| format!("  r{at} {step:?}"));
+            match step {
+                After::Drop { document, deleted } => {
+                    node.forget(&document);
+                    if deleted {
+                        node.refused.remove(&document);
+                    }
+                }
+                After::Advance(document) => self.advance(at, &document),
+                After::Acknowledge(document) => {
+                    self.acknowledge(at, &document);
+                    self.observe_document(at, &document);
+                }
+                After::Tell(news) => self.call(at, |replica, now| match news {
+                    News::Own(progress) => replica.own_appended(now, progress),
+                    News::Stored { origin, last, outcome } => replica.stored(now, origin, last, outcome),
+                    News::PageStored => replica.page_stored(now, Vec::new()),
+                }),
+                After::Quarantine { last } => self.record_refused(at, last),
+            }
+        }
+        if !self.calm && self.plan.compact_percent > 0 && self.rng.chance(self.plan.compact_percent) {
+            self.compact(at);
         }
         self.start_commit(at);
     }
 
-    /// What was being committed is on the disk.
-    fn commit(&mut self, at: usize) -> (Vec<News>, BTreeSet<DocumentId>) {
-        self.count("commits");
-        let node = self.regions[at].node.as_mut().expect("only nodes commit");
-        let submissions = std::mem::take(&mut node.committing);
-        let mut touched = BTreeSet::new();
-        let mut news = Vec::new();
-        let mut own: Vec<(PlacementGroup, DocumentId, Own)> = Vec::new();
-        for submission in submissions {
-            match submission {
-                Submission::Own { group, document, content } => own.push((group, document, content)),
-                Submission::Run(run) => news.extend(self.commit_run(at, &run, &mut touched)),
-                Submission::Page(documents) => {
-                    self.commit_page(at, &documents, &mut touched);
-                    news.push(News::PageStored);
-                }
-                Submission::Adopt(origins) => {
-                    self.commit_adoption(at, &origins);
-                    news.push(News::Adopted(origins));
-                }
-            }
-        }
-        let groups: BTreeSet<PlacementGroup> = own.iter().map(|(group, ..)| group.clone()).collect();
-        for group in groups {
-            let entries = own.iter().filter(|(it, ..)| *it == group).map(|(_, document, content)| {
-                let opened = match content {
-                    Own::Change(made) => Opened::Change(made.change.clone()),
-                    Own::Tombstone { deleted_at_ms } => Opened::Tombstone { deleted_at_ms: *deleted_at_ms },
-                };
-                (document.clone(), opened)
-            });
-            let entries = entries.collect();
-            news.extend(self.commit_own(at, &group, entries, &mut touched));
-        }
+    fn record_refused(&mut self, at: usize, last: u64) {
         let region = &mut self.regions[at];
-        let node = region.node.as_mut().expect("only nodes commit");
-        for document in &node.refused {
-            if let Some(row) = region.disk.documents.get_mut(document) {
+        let Some(node) = &mut region.node else { return };
+        node.durable_submission = last;
+        for (document, reason) in &node.refused {
+            if *reason <= last
+                && let Some(row) = region.disk.documents.get_mut(document)
+            {
                 row.quarantined = row.deleted_at_ms.is_none();
             }
         }
-        (news, touched)
+    }
+
+    /// The node dies while a commit is under way. The database may be done with it before, after, or never.
+    pub fn outlive(&mut self, at: usize, batch: Option<Batch>) {
+        if let Some(batch) = batch
+            && self.rng.chance(OUTLIVES_PERCENT)
+        {
+            let delay = self.rng.range(1, 2_000);
+            let disk = self.regions[at].disk_number;
+            self.after(delay, Event::LateCommit { region: at, disk, batch: Box::new(batch) });
+        }
+    }
+
+    /// A commit whose node has died is done, unless the next has claimed the origins since. (One that has only received runs
+    /// could be done even then, as if by another node of the region; that is not played here.)
+    pub fn late_commit(&mut self, at: usize, disk: u64, batch: &Batch) {
+        let region = &self.regions[at];
+        if region.disk_number != disk || region.gone || self.is_planted(Planted::ForkOrigins) {
+            return;
+        }
+        let is_fenced = |(run, _): &(Run, _)| region.disk.claimed.get(&run.group) != Some(&run.origin);
+        if batch.own.iter().any(is_fenced) && !self.is_planted(Planted::SkipFence) {
+            return self.count("fenced commits");
+        }
+        if region.node.is_none() || !batch.own.is_empty() {
+            self.count("late commits");
+            self.store(at, batch);
+        }
+    }
+
+    /// What is being committed is on the disk, all of it. Says what it has come to; a batch that was done before comes to the
+    /// same again.
+    fn store(&mut self, at: usize, batch: &Batch) -> Done {
+        self.count("commits");
+        let mut done = Done::default();
+        for item in &batch.items {
+            match item {
+                Submission::Own { .. } => {}
+                Submission::Run(run) => self.store_run(at, run, &mut done),
+                Submission::Contents { contents, is_last } => {
+                    if let Some(contents) = contents {
+                        self.store_contents(at, contents, &mut done);
+                    }
+                    if *is_last {
+                        done.news.push(News::PageStored);
+                    }
+                }
+            }
+        }
+        for (run, entries) in &batch.own {
+            self.store_own(at, run, entries, &mut done);
+        }
+        done
+    }
+
+    fn own_runs(&self, at: usize, items: &[Submission]) -> Vec<(Run, Vec<(DocumentId, Opened)>)> {
+        let mut groups: BTreeMap<&PlacementGroup, Vec<(DocumentId, Opened)>> = BTreeMap::new();
+        for item in items {
+            let Submission::Own { group, document, content } = item else { continue };
+            let opened = match content {
+                Own::Change(made) => Opened::Change(made.change.clone()),
+                Own::Tombstone { deleted_at_ms } => Opened::Tombstone { deleted_at_ms: *deleted_at_ms },
+            };
+            groups.entry(group).or_default().push((document.clone(), opened));
+        }
+        let mut positions = self.regions[at].node.as_ref().expect("only nodes write").positions.clone();
+        let mut runs = Vec::new();
+        for (group, entries) in groups {
+            let run = self.own_run(at, group, &entries, &positions);
+            positions.insert(run.origin, (run.last, run.chain));
+            runs.push((run, entries));
+        }
+        runs
     }
 
     /// The run that own entries make, and how far the origin is with it.
-    pub fn own_run(&self, at: usize, group: &PlacementGroup, entries: &[(DocumentId, Opened)]) -> Run {
+    pub fn own_run(
+        &self,
+        at: usize,
+        group: &PlacementGroup,
+        entries: &[(DocumentId, Opened)],
+        positions: &BTreeMap<OriginId, (Seq, Chain)>,
+    ) -> Run {
         let region = &self.regions[at];
         let node = region.node.as_ref().expect("only nodes write");
         let wrong = self.is_planted(Planted::WrongGroup);
         let origin =
             if wrong { *node.own.values().next().expect("there is a group") } else { node.own[group] };
+        let (seq, chain_before) = positions[&origin];
         let row = &region.disk.origins[&origin];
-        let chain = entries.iter().fold(row.chain, |chain, (document, opened)| opened.chain(chain, document));
         Run {
             origin,
             region: row.region.clone(),
             group: row.group.clone(),
-            first: Seq(row.seq.0 + 1),
-            last: Seq(row.seq.0 + entries.len() as u64),
-            chain_before: row.chain,
-            chain,
+            first: Seq(seq.0 + 1),
+            last: Seq(seq.0 + entries.len() as u64),
+            chain_before,
+            chain: entries
+                .iter()
+                .fold(chain_before, |chain, (document, opened)| opened.chain(chain, document)),
             body: body_of(entries),
         }
-    }
-
-    fn commit_own(
-        &mut self,
-        at: usize,
-        group: &PlacementGroup,
-        entries: Vec<(DocumentId, Opened)>,
-        touched: &mut BTreeSet<DocumentId>,
-    ) -> Option<News> {
-        let run = self.own_run(at, group, &entries);
-        let progress = Progress {
-            origin: run.origin,
-            region: run.region.clone(),
-            group: run.group.clone(),
-            seq: run.last,
-            chain: run.chain,
-        };
-        self.append(at, run, &entries, touched).expect("own runs follow what is stored");
-        Some(News::Own(progress))
-    }
-
-    fn commit_run(
-        &mut self,
-        at: usize,
-        run: &ReceivedRun,
-        touched: &mut BTreeSet<DocumentId>,
-    ) -> Option<News> {
-        let ReceivedRun { origin, last, .. } = *run;
-        let appended = self.append(
-            at,
-            Run {
-                origin,
-                region: run.region.clone(),
-                group: run.group.clone(),
-                first: run.first,
-                last,
-                chain_before: run.chain_before,
-                chain: run.chain,
-                body: run.body.clone(),
-            },
-            &run.entries,
-            touched,
-        );
-        let outcome = match appended {
-            Ok(()) => Stored::Durable,
-            Err(outcome) => {
-                self.count("out of step");
-                // What was staged is not stored: its documents are brought to life again when they are wanted.
-                let node = self.regions[at].node.as_mut().expect("only nodes commit");
-                run.entries.iter().for_each(|(document, _)| drop(node.graphs.remove(document)));
-                outcome
-            }
-        };
-        if self.is_planted(Planted::ForgetToReport) && last.0.is_multiple_of(3) {
-            return None;
-        }
-        Some(News::Stored { origin, last, outcome })
-    }
-
-    /// Appends a run: its log entries, changes and deletions.
-    fn append(
-        &mut self,
-        at: usize,
-        run: Run,
-        entries: &[(DocumentId, Opened)],
-        touched: &mut BTreeSet<DocumentId>,
-    ) -> Result<(), Stored> {
-        let (origin, group, first, last) = (run.origin, run.group.clone(), run.first, run.last);
-        let chain: Chain = run.chain;
-        if let Err(found) = self.regions[at].disk.append(run) {
-            return Err(Stored::OutOfStep { seq: found.seq, chain: found.chain });
-        }
-        if let Err(violation) = self.ledger.record(origin, &group, first, entries) {
-            self.violate(violation.invariant, || format!("r{at}: {}", violation.detail));
-            return Ok(());
-        }
-        if self.ledger.chain(origin, last) != Some(chain) {
-            self.violate(Invariant::OneEntryPerSeq, || {
-                format!("r{at}: {origin:?} has a wrong chain at {last:?}")
-            });
-        }
-        self.ledger.note_reached(at, origin, last);
-        let is_own = self.regions[at].disk.origins[&origin].region == self.regions[at].name;
-        let logs_only = self.is_planted(Planted::LogWithoutChanges) && !is_own;
-        for (number, (document, opened)) in entries.iter().enumerate() {
-            touched.insert(document.clone());
-            let drops = self.is_planted(Planted::DropWrite) && is_own && number == 1;
-            if let Opened::Change(change) = opened
-                && !logs_only
-                && !drops
-            {
-                self.store_change(at, document, change.hash);
-            }
-        }
-        for (document, opened) in entries {
-            if let Opened::Tombstone { deleted_at_ms } = opened {
-                self.store_deletion(at, document, *deleted_at_ms);
-            }
-            if self.regions[at].disk.is_deleted(document) && !self.is_planted(Planted::KeepDeletedBytes) {
-                self.regions[at].disk.erase(document);
-            }
-        }
-        Ok(())
-    }
-
-    fn store_change(&mut self, at: usize, document: &DocumentId, hash: ChangeHash) {
-        let group = self.group_of(document);
-        let made = self.changes[&hash].clone();
-        let resurrects = self.is_planted(Planted::Resurrect);
-        let row = self.regions[at].disk.row(document, &group);
-        if row.deleted_at_ms.is_none() || resurrects {
-            row.changes.insert(hash, made);
-            self.ledger.lost.remove(&(document.clone(), hash));
-        }
-    }
-
-    fn store_deletion(&mut self, at: usize, document: &DocumentId, deleted_at_ms: u64) {
-        self.count("deletions");
-        let group = self.group_of(document);
-        let keeps = self.is_planted(Planted::KeepDeletedBytes);
-        let region = &mut self.regions[at];
-        if keeps {
-            let row = region.disk.row(document, &group);
-            row.deleted_at_ms = Some(row.deleted_at_ms.map_or(deleted_at_ms, |it| it.min(deleted_at_ms)));
-            row.changes.clear();
-        } else {
-            region.disk.delete(document, &group, deleted_at_ms);
-        }
-        region.deleted.insert(document.clone());
-        let node = region.node.as_mut().expect("only nodes commit");
-        node.graphs.remove(document);
-        node.refused.remove(document);
-    }
-
-    fn commit_page(&mut self, at: usize, documents: &[DocumentContents], touched: &mut BTreeSet<DocumentId>) {
-        if self.is_planted(Planted::AdoptWithoutPages) {
-            return;
-        }
-        for contents in documents {
-            touched.insert(contents.document.clone());
-            match contents.deleted_at_ms {
-                Some(deleted_at_ms) => self.store_deletion(at, &contents.document, deleted_at_ms),
-                None => {
-                    let hashes: Vec<ChangeHash> = contents.changes.iter().map(name_of).collect();
-                    hashes.iter().for_each(|hash| self.store_change(at, &contents.document, *hash));
-                }
-            }
-        }
-    }
-
-    fn commit_adoption(&mut self, at: usize, origins: &[Progress]) {
-        self.count("adoptions");
-        for progress in origins {
-            let over_log = self.is_planted(Planted::AdoptOverLog);
-            let disk = &mut self.regions[at].disk;
-            let floor = disk.origins.get(&progress.origin).map_or(Seq(0), |row| row.floor);
-            disk.adopt(progress);
-            if over_log && let Some(row) = disk.origins.get_mut(&progress.origin) {
-                row.floor = floor;
-            }
-            if self.ledger.chain(progress.origin, progress.seq) != Some(progress.chain) {
-                self.violate(Invariant::OneEntryPerSeq, || format!("r{at} adopts {progress:?}"));
-            }
-            self.ledger.note_reached(at, progress.origin, progress.seq);
-        }
-        self.audit();
     }
 
     /// Moves a resident graph's durable end over what is on the disk, and looks whether its heads are right.
@@ -410,13 +279,43 @@ impl World {
         // A change that waited for its dependency and then turned out to break a rule was dropped without a word.
         let is_here = |hash| graph.position(hash).is_some() || graph.is_pending(hash);
         let row = region.disk.documents.get(document);
-        let dropped = row.is_some_and(|row| !row.changes.keys().all(is_here));
+        let dropped =
+            row.is_some_and(|row| !row.changes.keys().all(|hash| is_here(hash) || row.covers(hash)));
         let ignores = self.is_planted(Planted::LogWithoutChanges) || self.is_planted(Planted::IgnoreClones);
         if dropped && !ignores {
             self.count("dropped without a word");
             return self.refuse(at, document);
         }
         self.check_heads(at, document);
+    }
+
+    /// Raises the counters to a snapshot's, unless the database has something else to do.
+    pub fn adopt(&mut self, at: usize, origins: Vec<Progress>) {
+        let life = self.regions[at].life;
+        if !self.calm && self.rng.chance(FAILS_PERCENT) {
+            self.count("failed adoptions");
+            if self.rng.chance(DONE_ALL_THE_SAME_PERCENT) {
+                self.store_adoption(at, &origins);
+            }
+            let delay = self.rng.range(1, 500);
+            return self.after(delay, Event::Adopt { region: at, life, origins });
+        }
+        self.store_adoption(at, &origins);
+        let delay = self.rng.range(0, 5);
+        self.after(delay, Event::Adopted { region: at, life, origins });
+    }
+}
+
+/// What comes after a commit. Documents and the replica hear of it independently of each other.
+fn steps(done: Done, last: u64, tells_first: bool) -> VecDeque<After> {
+    let drops = done.dropped.into_iter().map(|(document, deleted)| After::Drop { document, deleted });
+    let advances = done.touched.iter().cloned().map(After::Advance);
+    let acknowledges = done.touched.iter().cloned().map(After::Acknowledge);
+    let documents = drops.chain(advances).chain([After::Quarantine { last }]).chain(acknowledges);
+    let tells = done.news.into_iter().map(After::Tell);
+    match tells_first {
+        true => tells.chain(documents).collect(),
+        false => documents.chain(tells).collect(),
     }
 }
 

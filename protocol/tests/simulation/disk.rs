@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use bytes::Bytes;
+use isobar_protocol::base::{BaseIndex, BaseSummary};
 use isobar_protocol::ids::{ChangeHash, DocumentId, OriginId, PlacementGroup, RegionName, Seq};
 use isobar_protocol::link::Progress;
 use isobar_protocol::log::{self, Chain};
@@ -42,10 +43,23 @@ pub struct DocumentRow {
     pub deleted_at_ms: Option<u64>,
     /// Two changes of one author with one number.
     pub quarantined: bool,
+    pub base: Option<BaseRow>,
+    /// Those that are not in the base; and, until it is pruned, some that are.
     pub changes: BTreeMap<ChangeHash, Arc<Made>>,
 }
 
+/// A base. Its chunk is the names of what it covers: nobody here opens one.
+#[derive(Debug, Clone)]
+pub struct BaseRow {
+    pub generation: u64,
+    pub summary: Arc<BaseSummary>,
+    pub index: Arc<BaseIndex>,
+    pub covered: Arc<BTreeMap<ChangeHash, Arc<Made>>>,
+    pub pruned: bool,
+}
+
 /// A run to be appended.
+#[derive(Debug, Clone)]
 pub struct Run {
     pub origin: OriginId,
     pub region: RegionName,
@@ -64,13 +78,22 @@ pub struct OutOfStep {
 }
 
 impl Disk {
-    pub fn append(&mut self, run: Run) -> Result<(), OutOfStep> {
-        let row = self.origins.entry(run.origin).or_insert_with(|| OriginRow::new(run.region, run.group));
+    /// Appends a run. One that was appended before is recognised by where the origin stands.
+    pub fn append(&mut self, run: &Run) -> Result<(), OutOfStep> {
+        let new = || OriginRow::new(run.region.clone(), run.group.clone());
+        let row = self.origins.entry(run.origin).or_insert_with(new);
+        if row.seq == run.last && row.chain == run.chain {
+            return Ok(());
+        }
         if row.seq.0 + 1 != run.first.0 || row.chain != run.chain_before {
             return Err(OutOfStep { seq: row.seq, chain: row.chain });
         }
-        let slice =
-            LogSlice { first: run.first, last: run.last, chain_before: run.chain_before, body: run.body };
+        let slice = LogSlice {
+            first: run.first,
+            last: run.last,
+            chain_before: run.chain_before,
+            body: run.body.clone(),
+        };
         row.runs.insert(run.first.0, slice);
         row.seq = run.last;
         row.chain = run.chain;
@@ -82,6 +105,7 @@ impl Disk {
             group: group.clone(),
             deleted_at_ms: None,
             quarantined: false,
+            base: None,
             changes: BTreeMap::new(),
         })
     }
@@ -91,6 +115,7 @@ impl Disk {
         let row = self.row(document, group);
         row.deleted_at_ms = Some(row.deleted_at_ms.map_or(at_ms, |before| before.min(at_ms)));
         row.changes.clear();
+        row.base = None;
         row.quarantined = false;
         self.erase(document);
     }
@@ -153,7 +178,7 @@ impl Disk {
     }
 
     pub fn holds(&self, document: &DocumentId, hash: &ChangeHash) -> bool {
-        self.documents.get(document).is_some_and(|row| row.changes.contains_key(hash))
+        self.documents.get(document).is_some_and(|row| row.holds(hash))
     }
 
     pub fn is_deleted(&self, document: &DocumentId) -> bool {
@@ -169,9 +194,31 @@ impl OriginRow {
 }
 
 impl DocumentRow {
-    /// The heads that follow from what is stored: changes whose whole past is here, and that no other of them names.
-    pub fn heads(&self) -> Vec<ChangeHash> {
-        let mut made: Vec<(&ChangeHash, &Arc<Made>)> = self.changes.iter().collect();
+    pub fn holds(&self, hash: &ChangeHash) -> bool {
+        self.changes.contains_key(hash) || self.covers(hash)
+    }
+
+    /// Whether the base has it.
+    pub fn covers(&self, hash: &ChangeHash) -> bool {
+        self.base.as_ref().is_some_and(|base| base.covered.contains_key(hash))
+    }
+
+    /// All that is here, each once.
+    pub fn all(&self) -> BTreeMap<&ChangeHash, &Arc<Made>> {
+        let covered = self.base.iter().flat_map(|base| base.covered.iter());
+        covered.chain(&self.changes).collect()
+    }
+
+    /// Whether anything is here.
+    pub fn is_empty(&self) -> bool {
+        self.base.is_none() && self.changes.is_empty()
+    }
+
+    /// The heads that follow from what is stored, as far as it counts: changes whose whole past is here, and that no other of
+    /// them names.
+    pub fn heads(&self, counts: impl Fn(&ChangeHash) -> bool) -> Vec<ChangeHash> {
+        let all = self.all().into_iter().filter(|(hash, _)| counts(hash));
+        let mut made: Vec<(&ChangeHash, &Arc<Made>)> = all.collect();
         made.sort_unstable_by_key(|(_, made)| made.number);
         let mut complete: BTreeSet<ChangeHash> = BTreeSet::new();
         let mut named: BTreeSet<ChangeHash> = BTreeSet::new();

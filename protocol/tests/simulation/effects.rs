@@ -6,13 +6,15 @@ use isobar_protocol::config::{ENTRIES_BYTES, LINK_WINDOW_BYTES};
 use isobar_protocol::ids::{DocumentId, OriginId, PlacementGroup, Seq};
 use isobar_protocol::link::DocumentContents;
 use isobar_protocol::log::{decode_run, encode_run};
-use isobar_protocol::replica::{Effect, LinkId, LogRead, LogSlice};
+use isobar_protocol::replica::{Effect, LinkId, LogRead, LogSlice, Page};
 
+use crate::bases::contents_of;
+use crate::events::Event;
 use crate::ledger::Invariant;
 use crate::plan::Planted;
 use crate::region::Submission;
 use crate::trace;
-use crate::world::{Event, World};
+use crate::world::World;
 
 /// Log reads that a link may have under way: as many as fill its window.
 const READS_MAX: usize = LINK_WINDOW_BYTES / ENTRIES_BYTES;
@@ -26,17 +28,36 @@ impl World {
             if node.effects.is_empty() {
                 return;
             }
-            if let Some(left) = &mut region.effects_left {
-                if *left == 0 {
-                    region.effects_left = None;
-                    self.count("crashes between effects");
-                    return self.crash(at);
-                }
-                *left -= 1;
+            if !self.survives_step(at) {
+                return;
             }
+            let node = self.regions[at].node.as_mut().expect("it survives");
             let effect = node.effects.pop_front().expect("it was there a moment ago");
             trace::note(|| format!("  r{at} {effect:?}"));
             self.perform(at, effect);
+        }
+    }
+
+    /// Whether a node lives to take its next step.
+    pub fn survives_step(&mut self, at: usize) -> bool {
+        let region = &mut self.regions[at];
+        match &mut region.effects_left {
+            Some(0) => {
+                region.effects_left = None;
+                let moment = match &region.node {
+                    Some(node) if !node.after.is_empty() => "crashes after a commit",
+                    Some(node) if node.batch.is_some() => "crashes during a commit",
+                    _ => "crashes between effects",
+                };
+                self.count(moment);
+                self.crash(at);
+                false
+            }
+            Some(left) => {
+                *left -= 1;
+                true
+            }
+            None => true,
         }
     }
 
@@ -79,14 +100,19 @@ impl World {
                     });
                 }
             }
-            Effect::StorePage { documents } => {
-                self.count("pages");
-                self.submit(at, Submission::Page(documents));
+            Effect::StorePage { documents } => self.store_page(at, documents),
+            Effect::AdoptOrigins { origins, .. } => {
+                let delay = self.rng.range(1, self.plan.commit_ms.max(2));
+                self.after(delay, Event::Adopt { region: at, life, origins });
             }
-            Effect::AdoptOrigins { origins } => self.submit(at, Submission::Adopt(origins)),
             Effect::Acknowledged { region, origin, seq } => {
                 let noted = self.regions[at].disk.acknowledged.entry((region, origin)).or_insert(Seq(0));
                 *noted = (*noted).max(seq);
+            }
+            Effect::OriginForked { .. } | Effect::OwnOriginLost { .. }
+                if self.is_planted(Planted::ForkOrigins) =>
+            {
+                self.fork_noticed(at, &effect);
             }
             Effect::OriginForked { origin, region, seq } => {
                 self.violate(Invariant::OneEntryPerSeq, || {
@@ -96,6 +122,31 @@ impl World {
             Effect::OwnOriginLost { origin } => {
                 self.violate(Invariant::OneEntryPerSeq, || format!("r{at} has lost its own {origin:?}"));
             }
+        }
+    }
+
+    /// Has a page stored, one document after the other.
+    fn store_page(&mut self, at: usize, documents: Vec<DocumentContents>) {
+        self.count("pages");
+        if documents.is_empty() {
+            return self.submit(at, Submission::Contents { contents: None, is_last: true });
+        }
+        let count = documents.len();
+        for (number, contents) in documents.into_iter().enumerate() {
+            if self.regions[at].node.is_none() {
+                return;
+            }
+            let contents = Some(Box::new(contents));
+            self.submit(at, Submission::Contents { contents, is_last: number + 1 == count });
+        }
+    }
+
+    /// A node whose own log is not what others have of it writes no more under it.
+    fn fork_noticed(&mut self, at: usize, effect: &Effect) {
+        self.count("forks noticed");
+        if let Effect::OwnOriginLost { origin } = effect {
+            self.regions[at].disk.claimed.retain(|_, claimed| claimed != origin);
+            self.crash(at);
         }
     }
 
@@ -151,12 +202,13 @@ impl World {
                 document: id.clone(),
                 group: row.group.clone(),
                 deleted_at_ms: row.deleted_at_ms,
-                base: None,
+                base: row.base.as_ref().map(contents_of),
                 changes: row.changes.values().map(|made| made.change.bytes.clone()).collect(),
             })
             .collect();
         let next = rows.next().and(page.last()).map(|last| last.document.clone());
-        self.call(at, |replica, now| replica.page_read(now, link, Some((page, next))));
+        let page = Page { documents: page, missing: Vec::new(), next };
+        self.call(at, |replica, now| replica.page_read(now, link, Some(page)));
     }
 }
 

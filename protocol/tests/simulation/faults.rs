@@ -1,12 +1,14 @@
 //! Faults as they happen.
 
 use isobar_protocol::ids::{OriginId, RegionName, Seq};
+use isobar_protocol::link::{LinkFrame, codec};
 
+use crate::events::Event;
 use crate::ledger::Invariant;
 use crate::plan::{Fault, Planted};
 use crate::region::{Own, Submission};
 use crate::trace;
-use crate::world::{Event, World};
+use crate::world::World;
 
 /// How many copies of a disk are kept.
 const COPIES_MAX: usize = 2;
@@ -38,27 +40,56 @@ impl World {
             Fault::Replay => self.replay(),
             Fault::Evict => {
                 if let Some(node) = &mut self.regions[at].node
-                    && node.submitted().next().is_none()
+                    && node.is_idle()
                 {
-                    node.graphs.clear();
+                    // What a base is made from stays in memory.
+                    node.graphs.retain(|document, _| node.compacting.contains(document));
+                    node.ways.retain(|document, _| node.compacting.contains(document));
                 }
             }
             Fault::Delete => self.delete(at),
             Fault::Clone => self.clone_client(),
+            Fault::ClockJump => {
+                let region = &mut self.regions[at];
+                region.clock.offset_ms += self.rng.range(1, 60_000);
+                region.day_offset_ms = self.rng.range(0, 300_000);
+            }
+            Fault::Compact => self.compact(at),
         }
     }
 
-    /// A connection is torn: what is on its way is lost, and each side hears of it when it does.
+    /// A connection breaks, now or when some kind of frame is sent that there are few of.
     fn reset(&mut self) {
+        if self.trap.is_none() && self.rng.chance(50) {
+            self.trap = self.rng.pick(&TRAPS).copied();
+            return;
+        }
         let open = self.connections.iter().enumerate().filter(|(_, it)| it.open.contains(&true));
         let open: Vec<usize> = open.map(|(number, _)| number).collect();
         let Some(connection) = self.rng.pick(&open).copied() else { return };
+        self.break_connection(connection, None);
+    }
+
+    /// A connection is torn: what is on its way is lost, from some frame on, and each side hears of it when it does.
+    /// That is the last one from the side named, if one is.
+    pub fn break_connection(&mut self, connection: usize, last_from: Option<usize>) {
         self.count("resets");
         for side in 0..2 {
-            self.connections[connection].streams[side].frames.clear();
-            self.connections[connection].streams[side].held_up = 0;
-            let delay = self.rng.range(0, 300);
-            self.after(delay, Event::LinkDown { connection, side });
+            // Of what leads to this side some still arrives, up to any frame.
+            let stream = &mut self.connections[connection].streams[1 - side];
+            let arrive = match last_from {
+                Some(from) if from == 1 - side => stream.frames.len() - 1,
+                _ => self.rng.below(stream.frames.len() + 1) * usize::from(self.rng.chance(50)),
+            };
+            let lost = stream.frames.split_off(arrive);
+            stream.held_up = stream.held_up.min(arrive);
+            let hears_at = stream.arrives_at.max(self.now) * u64::from(arrive > 0);
+            let hears_at = hears_at.max(self.now + self.rng.range(0, 300));
+            if let Some(first) = lost.front() {
+                let first = codec::decode(first.clone()).expect("what a region sends decodes");
+                self.count(kind_of(&first));
+            }
+            self.at(hears_at, Event::LinkDown { connection, side });
         }
     }
 
@@ -80,8 +111,9 @@ impl World {
 
     /// The node dies. Its peers hear of it if they can be told; what it sent may still arrive.
     pub fn crash(&mut self, at: usize) {
-        let Some(_) = self.regions[at].node.take() else { return };
+        let Some(mut node) = self.regions[at].node.take() else { return };
         self.count("crashes");
+        self.outlive(at, node.batch.take());
         trace::note(|| format!("{} r{at} crashes", self.now));
         self.regions[at].effects_left = None;
         for connection in 0..self.connections.len() {
@@ -98,6 +130,34 @@ impl World {
         }
         let delay = self.rng.range(10, 3_000);
         self.after(delay, Event::Start(at));
+    }
+
+    /// A region leaves for good: the others wait for it no more. What only it had is lost.
+    pub fn leave(&mut self, at: usize) {
+        if self.calm || !self.regions[at].joined {
+            return;
+        }
+        self.count("regions that left");
+        self.crash(at);
+        let region = &mut self.regions[at];
+        (region.gone, region.joined) = (true, false);
+        let known: Vec<(OriginId, Seq)> = region.disk.origins.iter().map(|(id, it)| (*id, it.seq)).collect();
+        for (origin, seq) in known {
+            let reached =
+                self.staying().filter_map(|it| it.disk.origins.get(&origin)).map(|row| row.seq).max();
+            if reached.unwrap_or(Seq(0)) < seq {
+                self.ledger.rolled_back.insert(origin);
+            }
+        }
+        self.note_lost();
+    }
+
+    /// Writes down what was promised and is on no disk any more.
+    fn note_lost(&mut self) {
+        let disks: Vec<_> = self.staying().map(|region| &region.disk).collect();
+        let gone = |(document, hash): &&(_, _)| !disks.iter().any(|disk| disk.holds(document, hash));
+        let gone: Vec<_> = self.ledger.acknowledged.iter().filter(gone).cloned().collect();
+        self.ledger.lost.extend(gone);
     }
 
     fn copy(&mut self, at: usize) {
@@ -122,14 +182,9 @@ impl World {
         }
         region.deleted = copy.documents.keys().filter(|it| copy.is_deleted(it)).cloned().collect();
         region.disk = copy;
-        let regions = &self.regions;
-        let gone = self
-            .ledger
-            .acknowledged
-            .iter()
-            .filter(|(document, hash)| !regions.iter().any(|region| region.disk.holds(document, hash)));
-        let gone: Vec<_> = gone.cloned().collect();
-        self.ledger.lost.extend(gone);
+        region.disk_number += 1;
+        self.looked_at.retain(|(region, _), _| *region != at);
+        self.note_lost();
     }
 
     /// Every origin's log is truncated to what all other members of its group have acknowledged.
@@ -195,7 +250,7 @@ impl World {
         self.count("replays");
         trace::note(|| format!("  again {frame:?}"));
         let link = self.connections[connection].links[1 - from];
-        self.call(ends[1 - from], |replica, now| replica.receive(now, link, frame));
+        self.receive(ends[1 - from], link, frame);
     }
 
     /// Somebody deletes a document.
@@ -209,7 +264,7 @@ impl World {
             return;
         }
         let group = self.group_of(&document);
-        let deleted_at_ms = self.regions[at].clock.at(self.now).0;
+        let deleted_at_ms = self.regions[at].day_ms(self.now);
         let content = Own::Tombstone { deleted_at_ms };
         self.submit(at, Submission::Own { group, document, content });
     }
@@ -234,3 +289,31 @@ impl World {
         row.runs.pop_last();
     }
 }
+
+/// What a frame is called in the tally when it is the first that is lost with its connection.
+pub fn kind_of(frame: &LinkFrame) -> &'static str {
+    match frame {
+        LinkFrame::Have { .. } => "lost from Have on",
+        LinkFrame::Subscribe { .. } => "lost from Subscribe on",
+        LinkFrame::Unsubscribe { .. } => "lost from Unsubscribe on",
+        LinkFrame::Entries { .. } => "lost from Entries on",
+        LinkFrame::Truncated { .. } => "lost from Truncated on",
+        LinkFrame::SnapshotRequest { .. } => "lost from SnapshotRequest on",
+        LinkFrame::SnapshotPage { .. } => "lost from SnapshotPage on",
+        LinkFrame::Interest { .. } => "lost from Interest on",
+        LinkFrame::Presence { .. } => "lost from Presence on",
+        LinkFrame::HeadsRequest { .. } => "lost from HeadsRequest on",
+        LinkFrame::HeadsAnswer { .. } => "lost from HeadsAnswer on",
+        LinkFrame::Ping { .. } => "lost from Ping on",
+        LinkFrame::Pong { .. } => "lost from Pong on",
+        _ => "lost from another frame on",
+    }
+}
+
+/// Kinds of frames that there are few of.
+const TRAPS: [&str; 4] = [
+    "lost from SnapshotPage on",
+    "lost from SnapshotRequest on",
+    "lost from Truncated on",
+    "lost from Unsubscribe on",
+];

@@ -16,11 +16,15 @@ pub enum Invariant {
     DenseLog,
     /// `(origin, seq)` names one entry for ever.
     OneEntryPerSeq,
+    /// Nobody writes under an origin that was replaced.
+    OneWriter,
     CausalVisibility,
     AcknowledgedMeansKept,
     TruncatedWhenAcknowledged,
     NoResurrection,
     Residency,
+    /// What is said to be in another region is there.
+    TrueReceipts,
     Bounded,
     Convergence,
     /// It reaches those who want it and may have it, from where it was said.
@@ -77,6 +81,9 @@ pub struct Ledger {
     pub rolled_back: BTreeSet<OriginId>,
     /// Where each change stands in logs.
     places: BTreeMap<(DocumentId, ChangeHash), Vec<(OriginId, Seq)>>,
+    /// Origins that two logs are under, in schedules that have such. Nothing more is known of them.
+    pub forked: BTreeSet<OriginId>,
+    pub may_fork: bool,
     tombstones: BTreeMap<DocumentId, Vec<(OriginId, Seq)>>,
 }
 
@@ -89,6 +96,9 @@ impl Ledger {
         first: Seq,
         entries: &[(DocumentId, Opened)],
     ) -> Result<(), Violation> {
+        if self.forked.contains(&origin) {
+            return Ok(());
+        }
         let written = self.logs.entry(origin).or_insert_with(|| Written {
             group: group.clone(),
             entries: Vec::new(),
@@ -98,6 +108,10 @@ impl Ledger {
             let name = Name::of(opened);
             match written.entries.get(at as usize - 1) {
                 Some(found) if *found == (document.clone(), name.clone()) => continue,
+                Some(_) if self.may_fork => {
+                    self.forked.insert(origin);
+                    return Ok(());
+                }
                 Some(found) => {
                     let detail = format!("{origin:?} {at} is {found:?} and now {name:?} of {document:?}");
                     return Err(Violation { invariant: Invariant::OneEntryPerSeq, detail });
@@ -127,6 +141,11 @@ impl Ledger {
             return Some(Chain::START);
         }
         self.logs.get(&origin)?.chains.get(seq.0 as usize).copied()
+    }
+
+    /// Whether this is the chain of an origin at a seq.
+    pub fn is_chain(&self, origin: OriginId, seq: Seq, chain: Chain) -> bool {
+        self.forked.contains(&origin) || self.chain(origin, seq) == Some(chain)
     }
 
     pub fn note_reached(&mut self, region: usize, origin: OriginId, seq: Seq) {

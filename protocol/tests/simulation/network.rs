@@ -1,4 +1,8 @@
 //! The network: connections between regions, in order and without loss while they last; and what cuts them.
+//!
+//! A connection is a WebSocket, so nothing is lost of it but its end: at whatever frame it breaks, what was sent before has arrived
+//! or not, and nothing after it does. Single frames are never dropped, and overtake each other only where two connections exist. That
+//! a frame arrives twice, or again much later, is more than a WebSocket does; the core bears it all the same.
 
 use std::collections::VecDeque;
 
@@ -15,6 +19,8 @@ pub struct Connection {
     /// Whether the side knows of the link and has not closed it.
     pub open: [bool; 2],
     pub streams: [Stream; 2],
+    /// The number of each end's disk when its side came up.
+    pub disk_numbers: [u64; 2],
 }
 
 #[derive(Debug, Default)]

@@ -22,16 +22,21 @@ pub enum Fault {
     Truncate,
     /// Entries leave the log whoever has them.
     TruncateByForce,
-    /// A frame that was received before is received again.
+    /// A frame that was received before is received again, of those kinds that say something that stays true.
     Replay,
     /// Graphs that nobody uses leave the memory.
     Evict,
     Delete,
     /// A client's copy begins to write under the same actor.
     Clone,
+    /// A node's clock goes forward at once, and the time of day in either direction.
+    ClockJump,
+    /// A base is made. It is no fault, and what may go wrong with it is.
+    /// It also is made after commits, more often in some schedules.
+    Compact,
 }
 
-pub const FAULTS: [Fault; 13] = [
+pub const FAULTS: [Fault; 15] = [
     Fault::Reset,
     Fault::Cut,
     Fault::Pause,
@@ -45,6 +50,8 @@ pub const FAULTS: [Fault; 13] = [
     Fault::Evict,
     Fault::Delete,
     Fault::Clone,
+    Fault::ClockJump,
+    Fault::Compact,
 ];
 
 /// A mistake that the shell around the core is told to make, to see that it is noticed.
@@ -58,12 +65,19 @@ pub enum Planted {
     ReportStoredBeforeCommit,
     /// A log read leaves an entry out.
     SkipEntry,
-    /// Heads are shown without regard to missing dependencies.
-    ForgetDependencies,
     /// A node goes on under the origin that it finds on its disk.
     KeepOrigin,
+    /// A commit under an origin that was replaced is done.
+    SkipFence,
+    /// More is removed than a base covers.
+    PruneTooMuch,
     /// A node goes on under the origin that it finds on its disk if nothing is written under it there.
     KeepUnwrittenOrigin,
+    /// Not a mistake of this kind: nodes go on under the origins that they find, so that two logs come to be under one name. No
+    /// region may mix them.
+    ForkOrigins,
+    /// Not a mistake either: nobody looks at what regions send beyond their groups. No region may take it.
+    TrustSenders,
     /// Changes of a deleted document are stored.
     Resurrect,
     /// Pages leave deletions out.
@@ -108,6 +122,8 @@ pub struct Plan {
     pub two_groups: bool,
     /// When the last region joins, if not at the beginning.
     pub joins_at_ms: Option<u64>,
+    /// When some region leaves for good, if one does.
+    pub leaves_at_ms: Option<u64>,
     /// Whether it begins with a copy of the first region's disk.
     pub joins_with_copy: bool,
     pub clients: usize,
@@ -121,6 +137,10 @@ pub struct Plan {
     pub latency_ms: u64,
     pub commit_ms: u64,
     pub page_documents: usize,
+    /// After how many commits of a hundred a base is made.
+    pub compact_percent: u32,
+    /// How many frames of a hundred, of whatever kind, arrive twice.
+    pub twice_percent: u32,
 }
 
 impl Plan {
@@ -139,6 +159,7 @@ impl Plan {
             regions,
             two_groups: regions > 2 && rng.chance(35),
             joins_at_ms: joins.then(|| rng.range(100, faults_until_ms)),
+            leaves_at_ms: (regions > 2 && rng.chance(20)).then(|| rng.range(100, faults_until_ms)),
             joins_with_copy: rng.chance(30),
             clients: rng.range(1, 4) as usize,
             documents: rng.range(1, 5) as usize,
@@ -151,6 +172,8 @@ impl Plan {
             latency_ms: *rng.pick(&[1, 10, 50, 200]).expect("not empty"),
             commit_ms: *rng.pick(&[1, 5, 20, 100]).expect("not empty"),
             page_documents: rng.range(1, 3) as usize,
+            compact_percent: *rng.pick(&[0, 5, 30]).expect("not empty"),
+            twice_percent: *rng.pick(&[0, 0, 5]).expect("not empty"),
         }
     }
 }

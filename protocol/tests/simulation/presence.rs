@@ -58,14 +58,7 @@ impl World {
             true => node.links.keys().copied().collect(),
             false => node.interests.recipients(document, &group).collect(),
         };
-        links.into_iter().for_each(|link| self.send_presence(at, link, frame));
-    }
-
-    fn send_presence(&mut self, at: usize, link: LinkId, frame: &LinkFrame) {
-        self.check_frame(at, link, frame);
-        if let Some((connection, side)) = self.connection_of(at, link) {
-            self.send(connection, side, frame);
-        }
+        links.into_iter().for_each(|link| self.send_beside(at, link, frame));
     }
 
     /// A link is up: its peer is told what is wanted here.
@@ -74,7 +67,7 @@ impl World {
         let node = self.regions[at].node.as_mut().expect("it has just opened a link");
         let frame = node.interests.link_opened(link, groups);
         if !self.is_planted(Planted::ForgetInterests) {
-            self.send_presence(at, link, &frame);
+            self.send_beside(at, link, &frame);
         }
     }
 
@@ -86,7 +79,7 @@ impl World {
         }
         node.refreshed_at = now;
         let news = node.interests.refresh(now, node.open.clone());
-        news.into_iter().for_each(|(link, frame)| self.send_presence(at, link, &frame));
+        news.into_iter().for_each(|(link, frame)| self.send_beside(at, link, &frame));
     }
 
     /// Takes a frame that is about presence; gives others back.
@@ -135,8 +128,7 @@ impl World {
         self.wait_for_links();
         self.run_until(self.now + HEARD_WITHIN_MS);
         for (document, group) in self.documents.clone() {
-            let member = |at: &usize| self.regions[*at].groups.contains(&group);
-            let members: Vec<usize> = (0..self.regions.len()).filter(member).collect();
+            let members = self.members(&group);
             for &at in &members {
                 self.say(at, &document);
                 let said = self.said;
@@ -197,6 +189,9 @@ impl World {
     fn is_linked_everywhere(&self) -> bool {
         let linked: BTreeSet<usize> = (0..self.pairs.len())
             .filter(|pair| {
+                if self.pairs[*pair].ends.iter().any(|end| self.regions[*end].gone) {
+                    return true;
+                }
                 let connection = self.pairs[*pair].connection.map(|it| &self.connections[it]);
                 connection.is_some_and(|it| it.open == [true, true])
             })

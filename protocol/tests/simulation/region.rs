@@ -5,15 +5,18 @@ use std::sync::Arc;
 
 use isobar_protocol::config::Limits;
 use isobar_protocol::graph::Graph;
-use isobar_protocol::ids::{ChangeHash, DocumentId, OriginId, PlacementGroup, RegionName, StorageId};
+use isobar_protocol::ids::{ChangeHash, DocumentId, OriginId, PlacementGroup, RegionName, Seq, StorageId};
 use isobar_protocol::interest::Interests;
+use isobar_protocol::link::DocumentContents;
 use isobar_protocol::link::handshake::NodeId;
-use isobar_protocol::link::{DocumentContents, Progress};
-use isobar_protocol::log::Opened;
+use isobar_protocol::log::{Chain, Opened};
+use isobar_protocol::receipts::{Baseline, Receipts};
 use isobar_protocol::replica::{Effect, LinkId, Moment, Peer, ReceivedRun, Replica};
 
 use crate::change_bytes::Made;
+use crate::commits::{After, Batch};
 use crate::disk::Disk;
+use crate::receipts::Ways;
 
 #[derive(Debug)]
 pub struct Region {
@@ -21,12 +24,18 @@ pub struct Region {
     pub groups: BTreeSet<PlacementGroup>,
     /// A member of its groups: whom others wait for before they truncate.
     pub joined: bool,
+    /// It has left for good.
+    pub gone: bool,
     pub disk: Disk,
+    /// Counts how often the disk was replaced by another.
+    pub disk_number: u64,
     pub copies: Vec<Disk>,
     pub node: Option<Node>,
     /// Counts starts.
     pub life: u64,
     pub clock: Clock,
+    /// The time of day as the machine has it. Unlike the clock it may be set back.
+    pub day_offset_ms: u64,
     pub paused_until: u64,
     /// Crash before so many more effects are performed.
     pub effects_left: Option<u64>,
@@ -51,11 +60,28 @@ impl Clock {
 pub struct Node {
     pub replica: Replica,
     pub own: BTreeMap<PlacementGroup, OriginId>,
+    /// How far each own origin is, for all that the node knows.
+    pub positions: BTreeMap<OriginId, (Seq, Chain)>,
     pub graphs: BTreeMap<DocumentId, Graph>,
-    /// Documents of which a stored change was refused; they are served no more.
-    pub refused: BTreeSet<DocumentId>,
-    pub queue: Vec<Submission>,
-    pub committing: Vec<Submission>,
+    /// The base that each graph has, and the number of the graph.
+    pub generations: BTreeMap<DocumentId, (u64, u64)>,
+    loads: u64,
+    pub ways: BTreeMap<DocumentId, Ways>,
+    /// Documents of which a change was refused that others have accepted; they are served no more. With the number of the
+    /// submission that had been made last: when that is durable, so is the reason.
+    pub refused: BTreeMap<DocumentId, u64>,
+    pub queue: VecDeque<Submission>,
+    /// Counts submissions, and how many are known to be durable.
+    pub submissions: u64,
+    pub durable_submission: u64,
+    /// A commit that is under way, and what is left to be done after the last.
+    pub batch: Option<Batch>,
+    pub after: VecDeque<After>,
+    /// Documents of which a base is being made or pruned.
+    pub compacting: BTreeSet<DocumentId>,
+    pub receipts: Receipts,
+    baselines: u64,
+    pub observed_at: Moment,
     pub effects: VecDeque<Effect>,
     /// The connection and side of each link.
     pub links: BTreeMap<LinkId, (usize, usize)>,
@@ -73,10 +99,17 @@ pub struct Node {
 /// What waits for a commit.
 #[derive(Debug)]
 pub enum Submission {
-    Own { group: PlacementGroup, document: DocumentId, content: Own },
+    Own {
+        group: PlacementGroup,
+        document: DocumentId,
+        content: Own,
+    },
     Run(Box<ReceivedRun>),
-    Page(Vec<DocumentContents>),
-    Adopt(Vec<Progress>),
+    /// A document of a page; none if the page is empty.
+    Contents {
+        contents: Option<Box<DocumentContents>>,
+        is_last: bool,
+    },
 }
 
 #[derive(Debug)]
@@ -93,7 +126,7 @@ impl Submission {
     ) -> Vec<(&'a DocumentId, &'a Arc<Made>)> {
         match self {
             Self::Own { document, content: Own::Change(change), .. } => vec![(document, change)],
-            Self::Own { .. } | Self::Adopt(_) => Vec::new(),
+            Self::Own { .. } => Vec::new(),
             Self::Run(run) => {
                 let changes = run.entries.iter().filter_map(|(document, opened)| match opened {
                     Opened::Change(change) => Some((document, &made[&change.hash])),
@@ -101,8 +134,9 @@ impl Submission {
                 });
                 changes.collect()
             }
-            Self::Page(documents) => {
-                let hashes = documents.iter().flat_map(|it| {
+            // What a base brings is found when the document is loaded anew.
+            Self::Contents { contents, .. } => {
+                let hashes = contents.iter().flat_map(|it| {
                     it.changes.iter().map(move |bytes| (&it.document, &made[&name_of(bytes)]))
                 });
                 hashes.collect()
@@ -117,6 +151,11 @@ pub fn name_of(bytes: &bytes::Bytes) -> ChangeHash {
 }
 
 impl Region {
+    /// Milliseconds of the day's time, as the machine has it.
+    pub fn day_ms(&self, now: u64) -> u64 {
+        self.day_offset_ms + now
+    }
+
     pub fn peer(&self) -> Peer {
         Peer {
             region: self.name.clone(),
@@ -124,19 +163,33 @@ impl Region {
             groups: self.groups.clone(),
             node: NodeId([0; 16]),
             client_url: None,
+            features: BTreeSet::new(),
         }
     }
 }
 
 impl Node {
     pub fn new(replica: Replica, own: BTreeMap<PlacementGroup, OriginId>) -> Self {
+        let vector = replica.vector();
+        let mine = vector.iter().filter(|it| own.values().any(|id| *id == it.origin));
         Self {
+            positions: mine.map(|it| (it.origin, (it.seq, it.chain))).collect(),
             replica,
             own,
             graphs: BTreeMap::new(),
-            refused: BTreeSet::new(),
-            queue: Vec::new(),
-            committing: Vec::new(),
+            generations: BTreeMap::new(),
+            loads: 0,
+            ways: BTreeMap::new(),
+            refused: BTreeMap::new(),
+            queue: VecDeque::new(),
+            submissions: 0,
+            durable_submission: 0,
+            batch: None,
+            after: VecDeque::new(),
+            compacting: BTreeSet::new(),
+            receipts: Receipts::default(),
+            baselines: Baseline::NOTHING.0,
+            observed_at: Moment(0),
             effects: VecDeque::new(),
             links: BTreeMap::new(),
             reads: BTreeMap::new(),
@@ -150,6 +203,34 @@ impl Node {
 
     /// What was submitted and is not durable, in the order of submission.
     pub fn submitted(&self) -> impl Iterator<Item = &Submission> {
-        self.committing.iter().chain(&self.queue)
+        self.batch.iter().flat_map(|batch| &batch.items).chain(&self.queue)
+    }
+
+    /// Whether everything that was submitted is durable, and the node has taken note of it.
+    pub fn is_idle(&self) -> bool {
+        self.queue.is_empty() && self.batch.is_none() && self.after.is_empty()
+    }
+
+    pub fn push(&mut self, submission: Submission) {
+        self.submissions += 1;
+        self.queue.push_back(submission);
+    }
+
+    /// Lets go of a document in memory.
+    pub fn forget(&mut self, document: &DocumentId) {
+        self.graphs.remove(document);
+        self.ways.remove(document);
+    }
+
+    /// A number that no graph of this node has had.
+    pub fn new_load(&mut self) -> u64 {
+        self.loads += 1;
+        self.loads
+    }
+
+    /// A number that no document of this node has had.
+    pub fn new_baseline(&mut self) -> Baseline {
+        self.baselines += 1;
+        Baseline(self.baselines)
     }
 }

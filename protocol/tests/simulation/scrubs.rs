@@ -13,9 +13,10 @@ use isobar_protocol::scrub::{
 
 use crate::change_bytes::Made;
 use crate::disk::{Disk, DocumentRow};
+use crate::events::Event;
 use crate::ledger::Invariant;
 use crate::plan::Planted;
-use crate::world::{Event, World};
+use crate::world::World;
 
 /// Between two half steps, on average.
 const HALF_STEP_MS: u64 = 20;
@@ -45,17 +46,18 @@ fn held(row: &DocumentRow) -> Option<Held> {
     if row.deleted_at_ms.is_some() {
         return Some(Held::Deleted);
     }
-    let heads: BTreeSet<ChangeHash> = row.heads().into_iter().collect();
+    let heads: BTreeSet<ChangeHash> = row.heads(|_| true).into_iter().collect();
     let mut complete: BTreeSet<ChangeHash> = BTreeSet::new();
-    let mut made: Vec<&Arc<Made>> = row.changes.values().collect();
+    let all = row.all();
+    let mut made: Vec<&Arc<Made>> = all.values().copied().collect();
     made.sort_unstable_by_key(|it| it.number);
     for it in made {
         if it.change.deps.iter().all(|dep| complete.contains(dep)) {
             complete.insert(it.change.hash);
         }
     }
-    let pending = row.changes.keys().filter(|hash| !complete.contains(hash)).copied().collect();
-    (!row.changes.is_empty()).then_some(Held::Changes { heads, pending })
+    let pending = all.keys().filter(|hash| !complete.contains(hash)).map(|hash| **hash).collect();
+    (!row.is_empty()).then_some(Held::Changes { heads, pending })
 }
 
 fn prints(disk: &Disk, groups: &BTreeSet<PlacementGroup>) -> Vec<(DocumentId, Fingerprint)> {
@@ -114,12 +116,21 @@ impl World {
         &self.regions[self.end(running, 0)].groups & &self.regions[self.end(running, 1)].groups
     }
 
-    /// How far an end has taken in the logs; nothing while it fetches a snapshot.
+    /// How far an end has taken in the logs; nothing while it fetches a snapshot. What its disk holds counts, also what the
+    /// replica has not been told of yet.
     fn noted(&self, running: &RunningScrub, end: usize) -> Option<Target> {
         let side = if end == 0 { running.side } else { 1 - running.side };
         let link = self.connections[running.connection].links[side];
-        let replica = &self.regions[self.end(running, end)].node.as_ref()?.replica;
-        (!replica.fetches_snapshot()).then(|| replica.shared_target(link))
+        let region = &self.regions[self.end(running, end)];
+        let replica = &region.node.as_ref()?.replica;
+        if replica.fetches_snapshot() {
+            return None;
+        }
+        let mut target = replica.shared_target(link);
+        let shared = self.shared(running);
+        let stored = region.disk.vector().into_iter().filter(|it| shared.contains(&it.group));
+        stored.for_each(|it| target.raise(it.origin, it.seq));
+        Some(target)
     }
 
     fn prints_of(&self, running: &RunningScrub, end: usize) -> Vec<(DocumentId, Fingerprint)> {
@@ -217,9 +228,9 @@ impl World {
             let groups = self.shared(&running);
             let rows = self.regions[at].disk.documents.iter();
             let mut found = rows.filter(|(id, row)| groups.contains(&row.group) && !before.contains(*id));
-            let Some((document, hash)) =
-                found.find_map(|(id, row)| Some((id.clone(), *row.changes.keys().next()?)))
-            else {
+            let Some((document, hash)) = found.find_map(|(id, row)| {
+                Some((id.clone(), *row.changes.keys().find(|hash| !row.covers(hash))?))
+            }) else {
                 return;
             };
             let Some(row) = self.regions[at].disk.documents.get_mut(&document) else { return };
@@ -239,9 +250,11 @@ impl World {
             self.count("losses found");
             // What the other region has of it comes back.
             let other = self.end(&running, 1 - end);
-            let theirs = self.regions[other].disk.documents.get(&document).map(|row| row.changes.clone());
+            let theirs = self.regions[other].disk.documents.get(&document).map(DocumentRow::all);
+            let theirs = theirs.into_iter().flatten().map(|(hash, made)| (*hash, made.clone()));
+            let theirs: Vec<(ChangeHash, Arc<Made>)> = theirs.collect();
             if let Some(row) = self.regions[at].disk.documents.get_mut(&document) {
-                row.changes.extend(theirs.unwrap_or_default());
+                row.changes.extend(theirs);
             }
             let repaired: BTreeSet<DocumentId> =
                 self.compared(&mut running).differences.into_keys().collect();

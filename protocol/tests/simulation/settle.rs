@@ -5,9 +5,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use isobar_protocol::ids::{ChangeHash, DocumentId, OriginId, PlacementGroup, Seq};
 
 use crate::disk::Disk;
+use crate::events::Event;
 use crate::ledger::{Invariant, Violation};
+use crate::plan::Planted;
+use crate::region::Region;
 use crate::trace;
-use crate::world::{Event, Tally, World};
+use crate::world::{Tally, World};
 
 /// How long regions may take to come to the same after the last fault, in virtual time. Dead links are noticed after 15
 /// seconds, and some are noticed one after the other.
@@ -27,6 +30,11 @@ impl World {
     /// Runs the whole schedule.
     pub fn run(mut self) -> Result<Tally, Violation> {
         self.run_until(self.plan.faults_until_ms);
+        if self.is_planted(Planted::ForkOrigins) {
+            // There is nothing to come to: what is forked stays as it is.
+            self.audit();
+            return self.violation.map_or(Ok(self.tally), Err);
+        }
         self.calm_down();
         let paused_until = self.regions.iter().map(|region| region.paused_until).max().unwrap_or(0);
         self.run_until(self.now.max(paused_until) + CLIENTS_FINISH_MS);
@@ -53,13 +61,17 @@ impl World {
         }
         match self.violation {
             Some(violation) => Err(violation),
-            None => Ok(self.tally),
+            None => {
+                self.tally.insert("events", self.events);
+                Ok(self.tally)
+            }
         }
     }
 
     fn calm_down(&mut self) {
         trace::note(|| format!("{} calm", self.now));
         self.calm = true;
+        self.trap = None;
         for pair in 0..self.pairs.len() {
             (0..2).for_each(|from| self.after(0, Event::Heal { pair, from }));
         }
@@ -70,23 +82,32 @@ impl World {
     }
 
     fn is_settled(&self) -> bool {
-        let idle = |region: &crate::region::Region| {
-            region.node.as_ref().is_some_and(|node| node.submitted().next().is_none())
-        };
-        self.regions.iter().all(idle) && self.vectors_agree()
+        let idle = |region: &Region| region.node.as_ref().is_some_and(|node| node.is_idle());
+        self.staying().all(idle) && self.vectors_agree()
+    }
+
+    /// The regions that have not left.
+    pub fn staying(&self) -> impl Iterator<Item = &Region> {
+        self.regions.iter().filter(|region| !region.gone)
+    }
+
+    /// The numbers of those that hold a group.
+    pub fn members(&self, group: &PlacementGroup) -> Vec<usize> {
+        let member = |at: &usize| !self.regions[*at].gone && self.regions[*at].groups.contains(group);
+        (0..self.regions.len()).filter(member).collect()
     }
 
     fn vectors_agree(&self) -> bool {
         let mut most: BTreeMap<OriginId, (&PlacementGroup, Seq)> = BTreeMap::new();
-        for region in &self.regions {
+        for region in self.staying() {
             for (origin, row) in region.disk.origins.iter().filter(|(_, row)| row.seq > Seq(0)) {
                 let known = most.entry(*origin).or_insert((&row.group, row.seq));
                 known.1 = known.1.max(row.seq);
             }
         }
         most.iter().all(|(origin, (group, seq))| {
-            let members = self.regions.iter().filter(|region| region.groups.contains(group));
-            members.into_iter().all(|it| it.disk.origins.get(origin).is_some_and(|row| row.seq == *seq))
+            let mut members = self.staying().filter(|region| region.groups.contains(group));
+            members.all(|it| it.disk.origins.get(origin).is_some_and(|row| row.seq == *seq))
         })
     }
 
@@ -98,7 +119,7 @@ impl World {
                 .collect();
             rows.join(" ")
         };
-        let all = self.regions.iter().map(|it| {
+        let all = self.staying().map(|it| {
             let links: Vec<_> = it.node.iter().flat_map(|node| node.replica.links()).collect();
             format!("\n  {} [{}] {links:?}", it.name, vector(&it.disk))
         });
@@ -111,11 +132,11 @@ impl World {
         if self.ledger.rolled_back.is_empty() {
             return BTreeSet::new();
         }
-        let disks: Vec<&Disk> = self.regions.iter().map(|region| &region.disk).collect();
+        let disks: Vec<&Disk> = self.staying().map(|region| &region.disk).collect();
         let mut beyond = self.ledger.forgotten_deletions(&disks);
         for disk in &disks {
             for (document, row) in &disk.documents {
-                if row.changes.keys().any(|hash| !self.ledger.is_covered(document, hash, &disks)) {
+                if row.all().into_keys().any(|hash| !self.ledger.is_covered(document, hash, &disks)) {
                     beyond.insert(document.clone());
                 }
             }
@@ -131,8 +152,7 @@ impl World {
                 self.count("documents beyond logs");
                 continue;
             }
-            let members: Vec<usize> =
-                (0..self.regions.len()).filter(|at| self.regions[*at].groups.contains(group)).collect();
+            let members = self.members(group);
             let states: Vec<State> = members.iter().map(|at| self.state(*at, document)).collect();
             if let Some((at, state)) = members.iter().zip(&states).find(|(_, state)| **state != states[0]) {
                 self.violate(Invariant::Convergence, || {
@@ -154,7 +174,7 @@ impl World {
     fn state(&mut self, at: usize, document: &DocumentId) -> State {
         // From the disk, whatever is in memory.
         if let Some(node) = &mut self.regions[at].node {
-            node.graphs.remove(document);
+            node.forget(document);
         }
         let graph = self.graph(at, document);
         let heads = graph.as_ref().map(|graph| graph.heads());
@@ -162,7 +182,7 @@ impl World {
         let row = self.regions[at].disk.documents.get(document);
         State {
             deleted_at_ms: row.and_then(|row| row.deleted_at_ms),
-            changes: row.map(|row| row.changes.keys().copied().collect()).unwrap_or_default(),
+            changes: row.map(|row| row.all().into_keys().copied().collect()).unwrap_or_default(),
             heads,
             pending,
         }
@@ -177,7 +197,7 @@ impl World {
                 continue;
             }
             let group = self.group_of(&document);
-            let members = self.regions.iter().filter(|region| region.groups.contains(&group));
+            let members = self.staying().filter(|region| region.groups.contains(&group));
             let held: Vec<bool> = members.map(|region| region.disk.holds(&document, &hash)).collect();
             let lost = self.ledger.lost.contains(&(document.clone(), hash));
             if lost && held.iter().all(|held| !held) {

@@ -3,15 +3,17 @@
 use std::sync::Arc;
 
 use isobar_protocol::config::Limits;
-use isobar_protocol::ids::DocumentId;
+use isobar_protocol::ids::{ChangeHash, DocumentId};
 use isobar_protocol::link::Progress;
 use isobar_protocol::log::Opened;
 
 use crate::change_bytes::Made;
 use crate::client::Client;
+use crate::events::Event;
 use crate::plan::Planted;
+use crate::staging::ingest;
 use crate::trace;
-use crate::world::{Event, World};
+use crate::world::World;
 
 impl World {
     pub fn turn(&mut self, client: usize) {
@@ -73,9 +75,14 @@ impl World {
     /// The client takes what the region has.
     fn take(&mut self, client: usize, at: usize, document: &DocumentId) {
         let Some(graph) = self.graph(at, document) else { return };
-        let hashes: Vec<_> = graph.changes(0..graph.durable_end()).map(|(hash, _)| hash).collect();
+        let tail: Vec<_> = graph.changes(0..graph.durable_end()).map(|(hash, _)| hash).collect();
         self.acknowledge(at, document);
-        let Self { clients, changes, .. } = self;
+        let Self { clients, changes, regions, .. } = self;
+        let base = regions[at].disk.documents.get(document).and_then(|row| row.base.as_ref());
+        // Dependencies first.
+        let mut hashes: Vec<_> = base.iter().flat_map(|base| base.covered.keys().copied()).collect();
+        hashes.sort_unstable_by_key(|hash| changes[hash].number);
+        hashes.extend(tail);
         let Client { actor, views, .. } = &mut clients[client];
         let view = views.entry(document.clone()).or_default();
         for hash in hashes {
@@ -96,6 +103,9 @@ impl World {
         if let Some(graph) = self.graph(at, document) {
             changes.retain(|made| graph.durable_position(&made.change.hash).is_none());
         }
+        if let Some(row) = self.regions[at].disk.documents.get(document) {
+            changes.retain(|made| !row.covers(&made.change.hash));
+        }
         if changes.is_empty() || !self.calm && self.rng.chance(10) {
             return;
         }
@@ -110,11 +120,12 @@ impl World {
     /// What a client sent is held against the document, staged and submitted.
     pub fn offer(&mut self, client: usize, at: usize, document: &DocumentId, changes: &[Arc<Made>]) {
         for made in changes {
+            let index = self.index(at, document);
             let Some(graph) = self.graph(at, document) else {
                 // Deleted or quarantined: the client is told so, and may go on trying.
                 return self.count("refused clients");
             };
-            match graph.ingest(made.change.clone(), &Limits::default()) {
+            match ingest(graph, &made.change, &Limits::default(), index.as_ref()) {
                 Ok(ingested) => self.staged(at, document, Some(ingested)),
                 Err(refusal) => {
                     trace::note(|| format!("  r{at} refuses {:?}: {refusal}", made.change.hash));
@@ -135,11 +146,20 @@ impl World {
         self.start_commit(at);
     }
 
+    /// What was acknowledged need not be asked about again.
+    pub fn hear_acknowledgement(&mut self, client: usize, document: &DocumentId, changes: &[ChangeHash]) {
+        let view = self.clients.get_mut(client).and_then(|client| client.views.get_mut(document));
+        if let Some(view) = view {
+            view.unacknowledged.retain(|hash| !changes.contains(hash));
+        }
+    }
+
     fn announce_early(&mut self, at: usize, document: &DocumentId, changes: &[Arc<Made>]) {
         let group = self.group_of(document);
         let entries: Vec<(DocumentId, Opened)> =
             changes.iter().map(|made| (document.clone(), Opened::Change(made.change.clone()))).collect();
-        let run = self.own_run(at, &group, &entries);
+        let Some(node) = &self.regions[at].node else { return };
+        let run = self.own_run(at, &group, &entries, &node.positions);
         let progress = Progress {
             origin: run.origin,
             region: run.region,

@@ -1,9 +1,12 @@
 //! Connections as they come and go, and frames on their way.
 
 use isobar_protocol::link::{LinkFrame, codec};
+use isobar_protocol::replica::LinkId;
 
+use crate::events::Event;
+use crate::faults::kind_of;
 use crate::network::{Connection, REMEMBERED_MAX, Remembered, Stream};
-use crate::world::{Event, World};
+use crate::world::World;
 
 /// After so long a dial is given up.
 const HANDSHAKE_WITHIN_MS: u64 = 2_000;
@@ -26,7 +29,7 @@ impl World {
         {
             return;
         }
-        if self.regions[ends[0]].node.is_none() {
+        if self.regions[ends[0]].node.is_none() || self.regions[ends[1]].gone {
             return;
         }
         let unreachable = self.regions[ends[1]].node.is_none() || self.pairs[pair].cut.contains(&true);
@@ -40,6 +43,7 @@ impl World {
             links,
             open: [false; 2],
             streams: [Stream::default(), Stream::default()],
+            disk_numbers: [0; 2],
         });
         let connection = self.connections.len() - 1;
         let there = self.latency();
@@ -74,12 +78,20 @@ impl World {
         }
         self.count("links");
         self.connections[connection].open[side] = true;
+        if side == 1 {
+            // Whoever was dialled comes up first, and what it says is of this disk.
+            self.connections[connection].disk_numbers = ends.map(|end| self.regions[end].disk_number);
+        }
         let peer = self.regions[ends[1 - side]].peer();
         let node = self.regions[ends[side]].node.as_mut().expect("it was there a moment ago");
         node.links.insert(link, (connection, side));
         self.call(ends[side], |replica, now| replica.link_opened(now, link, peer));
         if self.connections[connection].open[side] {
             self.offer_interests(ends[side], link, ends[1 - side]);
+            let groups = self.regions[ends[1 - side]].groups.clone();
+            self.call_receipts(ends[side], |receipts, replica, now| {
+                receipts.link_opened(now, link, groups, replica);
+            });
         }
     }
 
@@ -94,6 +106,7 @@ impl World {
             node.links.remove(&link);
             node.reads.remove(&link);
             node.interests.link_closed(link);
+            node.receipts.link_closed(link);
         }
         self.call(region, |replica, now| replica.link_closed(now, link));
         if side == 0 {
@@ -118,10 +131,14 @@ impl World {
         stream.arrives_at = stream.arrives_at.max(arrives);
         let arrives = stream.arrives_at;
         self.at(arrives, Event::Deliver { connection, from: side });
+        if self.trap.is_some_and(|kind| kind == kind_of(frame)) {
+            self.trap = None;
+            self.break_connection(connection, Some(side));
+        }
     }
 
     pub fn deliver(&mut self, connection: usize, from: usize) {
-        let Connection { pair, ends, links, open, streams } = &mut self.connections[connection];
+        let Connection { pair, ends, links, open, streams, .. } = &mut self.connections[connection];
         if self.pairs[*pair].cut[from] {
             streams[from].held_up += 1;
             return;
@@ -134,12 +151,25 @@ impl World {
         let (pair, sender, receiver, link) = (*pair, ends[from], ends[1 - from], links[1 - from]);
         self.remember(pair, from, [sender, receiver], &frame);
         self.count("frames");
-        if let Some(frame) = self.receive_presence(receiver, link, frame) {
-            self.call(receiver, |replica, now| replica.receive(now, link, frame));
+        if self.plan.twice_percent > 0 && !self.calm && self.rng.chance(self.plan.twice_percent) {
+            self.count("frames that arrive twice");
+            self.receive(receiver, link, frame.clone());
+        }
+        self.receive(receiver, link, frame);
+    }
+
+    pub fn receive(&mut self, at: usize, link: LinkId, frame: LinkFrame) {
+        let Some(frame) = self.receive_presence(at, link, frame) else { return };
+        let Some(frame) = self.receive_receipt(at, link, frame) else { return };
+        let announces = matches!(frame, LinkFrame::Have { .. });
+        self.call(at, |replica, now| replica.receive(now, link, frame));
+        if announces {
+            self.call_receipts(at, |receipts, replica, now| receipts.announced(now, link, replica));
         }
     }
 
-    /// Keeps a frame that may be received again: not those that only make sense once, as a link is in order.
+    /// Keeps a frame that may be received again much later: not those that mean something at their moment only, as a link is in
+    /// order.
     fn remember(&mut self, pair: usize, from: usize, ends: [usize; 2], frame: &LinkFrame) {
         let again = matches!(
             frame,

@@ -1,6 +1,6 @@
 //! The world: regions, the network and clients on one heap of events, in virtual time, out of one seed.
 
-use std::cmp::{Ordering, Reverse};
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap};
 use std::sync::Arc;
 
@@ -11,96 +11,24 @@ use uuid::Uuid;
 use crate::change_bytes::Made;
 use crate::client::Client;
 use crate::disk::{Disk, OriginRow};
+use crate::events::{Event, Scheduled};
 use crate::ledger::{Invariant, Ledger, Violation};
 use crate::network::{Connection, Pair};
 use crate::plan::{Plan, Planted};
 use crate::region::{Clock, Node, Region};
 use crate::rng::Rng;
 use crate::scrubs::RunningScrub;
+use crate::staging::Touched;
 use crate::trace;
 
-/// How many events may pass between two looks at everything.
+/// How many events may pass between two looks at everything. What an event touches is looked at after it.
 const AUDIT_EVERY: u64 = 256;
+
+/// Timers are slower when faults are over: most of the time passes then, and little happens in it.
+const CALM_TICK_MS: u64 = 100;
 
 /// More events than any schedule needs: one that has so many goes round in circles.
 const EVENTS_MAX: u64 = 2_000_000;
-
-#[derive(Debug)]
-pub enum Event {
-    /// A node's timer; the second number is the node's life, here and below.
-    Tick(usize, u64),
-    Deliver {
-        connection: usize,
-        from: usize,
-    },
-    LinkUp {
-        connection: usize,
-        side: usize,
-    },
-    LinkDown {
-        connection: usize,
-        side: usize,
-    },
-    Dial(usize),
-    CommitDone(usize, u64),
-    LogRead {
-        region: usize,
-        life: u64,
-        link: LinkId,
-        origin: OriginId,
-        after: Seq,
-        bytes_max: usize,
-    },
-    PageRead {
-        region: usize,
-        life: u64,
-        link: LinkId,
-        after: Option<DocumentId>,
-        groups: BTreeSet<PlacementGroup>,
-    },
-    Turn(usize),
-    /// What a client sent arrives.
-    Offer {
-        client: usize,
-        region: usize,
-        life: u64,
-        document: DocumentId,
-        changes: Vec<Arc<Made>>,
-    },
-    Fault,
-    Heal {
-        pair: usize,
-        from: usize,
-    },
-    Start(usize),
-    Join,
-    /// A comparison goes on, or begins.
-    Scrub,
-}
-
-#[derive(Debug)]
-struct Scheduled {
-    at: u64,
-    number: u64,
-    event: Event,
-}
-
-impl PartialEq for Scheduled {
-    fn eq(&self, other: &Self) -> bool {
-        self.cmp(other) == Ordering::Equal
-    }
-}
-impl Eq for Scheduled {}
-impl PartialOrd for Scheduled {
-    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
-        Some(self.cmp(other))
-    }
-}
-impl Ord for Scheduled {
-    fn cmp(&self, other: &Self) -> Ordering {
-        (self.at, self.number).cmp(&(other.at, other.number))
-    }
-}
 
 /// How often what happened; to see that schedules reach what they are for.
 pub type Tally = BTreeMap<&'static str, u64>;
@@ -126,6 +54,14 @@ pub struct World {
     pub ledger: Ledger,
     pub violation: Option<Violation>,
     pub tally: Tally,
+    pub events: u64,
+    /// The next connection on which a frame of this kind is sent breaks.
+    pub trap: Option<&'static str>,
+    /// What the present step has changed on disks.
+    pub touched: Touched,
+    pub moved: BTreeSet<(usize, OriginId)>,
+    /// How far each region's origins were looked at.
+    pub looked_at: HashMap<(usize, OriginId), Seq>,
     /// Counts what sessions said.
     pub said: u64,
     pub running_scrub: Option<RunningScrub>,
@@ -156,12 +92,18 @@ impl World {
             ledger: Ledger::default(),
             violation: None,
             tally: Tally::new(),
+            events: 0,
+            trap: None,
+            touched: Touched::new(),
+            moved: BTreeSet::new(),
+            looked_at: HashMap::new(),
             said: 0,
             running_scrub: None,
             scrub_turns: 0,
             links: 0,
             plan,
         };
+        world.ledger.may_fork = planted == Some(Planted::ForkOrigins);
         world.lay_out();
         world
     }
@@ -180,11 +122,14 @@ impl World {
                 name,
                 groups,
                 joined: false,
+                gone: false,
                 disk: Disk::default(),
+                disk_number: 0,
                 copies: Vec::new(),
                 node: None,
                 life: 0,
                 clock,
+                day_offset_ms: self.rng.range(100_000, 200_000),
                 paused_until: 0,
                 effects_left: None,
                 deleted: BTreeSet::new(),
@@ -212,6 +157,10 @@ impl World {
             self.after(self.plan.turn_every_ms, Event::Turn(number));
         }
         self.after(self.plan.fault_every_ms, Event::Fault);
+        if let Some(at) = self.plan.leaves_at_ms {
+            let who = self.rng.below(self.plan.regions);
+            self.after(at, Event::Leave(who));
+        }
         self.after(1, Event::Scrub);
     }
 
@@ -258,26 +207,29 @@ impl World {
                 Some(Reverse(next)) if next.at <= until => {}
                 _ => break,
             }
-            let Reverse(Scheduled { at, event, .. }) = self.heap.pop().expect("it was there a moment ago");
+            let Reverse(Scheduled { at, number, event }) =
+                self.heap.pop().expect("it was there a moment ago");
             self.now = at;
-            self.count("events");
-            self.step(event);
-            let events = self.tally["events"];
-            if events.is_multiple_of(AUDIT_EVERY) {
+            self.events += 1;
+            self.step(number, event);
+            self.audit_step();
+            if self.events.is_multiple_of(AUDIT_EVERY) {
                 self.audit();
             }
-            if events > EVENTS_MAX {
+            if self.events > EVENTS_MAX {
                 self.violate(Invariant::Bounded, || "too many events".to_owned());
             }
         }
         self.now = self.now.max(until);
     }
 
-    fn step(&mut self, event: Event) {
+    fn step(&mut self, number: u64, event: Event) {
         if let Some(region) = self.concerned(&event)
             && self.regions[region].paused_until > self.now
         {
-            return self.at(self.regions[region].paused_until, event);
+            // Under the same number: what waits for the end of a pause stays in its order, however often the pause is extended.
+            let at = self.regions[region].paused_until;
+            return self.heap.push(Reverse(Scheduled { at, number, event }));
         }
         if !matches!(event, Event::Tick(..) | Event::Turn(_) | Event::Scrub) {
             trace::note(|| format!("{} {event:?}", self.now));
@@ -288,8 +240,10 @@ impl World {
                     self.call(region, |replica, now| replica.tick(now));
                     if self.lives(region, life) {
                         self.refresh_interests(region);
+                        self.observe(region);
                     }
-                    self.after(self.plan.tick_every_ms, Event::Tick(region, life));
+                    let slow = if self.calm { CALM_TICK_MS } else { 0 };
+                    self.after(self.plan.tick_every_ms.max(slow), Event::Tick(region, life));
                 }
             }
             Event::Deliver { connection, from } => self.deliver(connection, from),
@@ -299,6 +253,37 @@ impl World {
             Event::CommitDone(region, life) => {
                 if self.lives(region, life) {
                     self.commit_done(region);
+                }
+            }
+            Event::Committed(region, life) => {
+                if self.lives(region, life) {
+                    self.committed(region);
+                }
+            }
+            Event::LateCommit { region, disk, batch } => self.late_commit(region, disk, &batch),
+            Event::Adopt { region, life, origins } => {
+                if self.lives(region, life) {
+                    self.adopt(region, origins);
+                }
+            }
+            Event::Adopted { region, life, origins } => {
+                if self.lives(region, life) {
+                    self.call(region, |replica, now| replica.adopted(now, &origins));
+                }
+            }
+            Event::BaseMade { region, life, document, base } => {
+                if self.lives(region, life) {
+                    self.install(region, document, base);
+                }
+            }
+            Event::BaseInstalled { region, life, document, generation, load } => {
+                if self.lives(region, life) {
+                    self.base_installed(region, &document, generation, load);
+                }
+            }
+            Event::Prune { region, life, document } => {
+                if self.lives(region, life) {
+                    self.prune(region, &document);
                 }
             }
             Event::LogRead { region, life, link, origin, after, bytes_max } => {
@@ -317,10 +302,14 @@ impl World {
                     self.offer(client, region, &document, &changes);
                 }
             }
+            Event::Acknowledged { client, document, changes } => {
+                self.hear_acknowledgement(client, &document, &changes);
+            }
             Event::Fault => self.fault(),
             Event::Heal { pair, from } => self.heal(pair, from),
             Event::Start(region) => self.start(region),
             Event::Join => self.join(),
+            Event::Leave(region) => self.leave(region),
             Event::Scrub => self.scrub(),
         }
     }
@@ -330,6 +319,12 @@ impl World {
         match event {
             Event::Tick(region, _)
             | Event::CommitDone(region, _)
+            | Event::Committed(region, _)
+            | Event::Adopt { region, .. }
+            | Event::Adopted { region, .. }
+            | Event::BaseMade { region, .. }
+            | Event::BaseInstalled { region, .. }
+            | Event::Prune { region, .. }
             | Event::LogRead { region, .. }
             | Event::PageRead { region, .. }
             | Event::Offer { region, .. } => Some(*region),
@@ -356,7 +351,7 @@ impl World {
 
     /// Starts a node from what is on its disk, under new origins.
     pub fn start(&mut self, at: usize) {
-        if self.regions[at].node.is_some() {
+        if self.regions[at].node.is_some() || self.regions[at].gone {
             return;
         }
         self.count("starts");
@@ -386,7 +381,7 @@ impl World {
 
     /// Claims an origin for a group: a new one, whatever is there.
     fn claim(&mut self, at: usize, group: &PlacementGroup) -> OriginId {
-        let keeps = self.is_planted(Planted::KeepOrigin);
+        let keeps = self.is_planted(Planted::KeepOrigin) || self.is_planted(Planted::ForkOrigins);
         let keeps_unwritten = self.is_planted(Planted::KeepUnwrittenOrigin);
         let disk = &mut self.regions[at].disk;
         if let Some(claimed) = disk.claimed.get(group)
@@ -405,7 +400,7 @@ impl World {
     /// The last region joins, empty or with a copy of the first one's disk.
     fn join(&mut self) {
         let last = self.regions.len() - 1;
-        if self.regions[last].joined {
+        if self.regions[last].joined || self.regions[last].gone {
             return;
         }
         self.count("joins");

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use isobar_protocol::ids::StorageId;
+use isobar_protocol::link::FEATURE_PARTS;
 use isobar_protocol::link::handshake::{ClusterId, ClusterKey, Hello, Identity, NodeId, VERSIONS};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -45,7 +46,7 @@ impl Regions {
         let accept = accept_links(replication.clone(), identities.clone(), metrics.clone(), listener);
         let keep = keep_links(replication.clone(), identities, metrics.clone(), settings.peers.clone());
         let checks = replication.clone().run_checks(parts, settings.scrub_interval());
-        let truncate = replication.clone().truncate_logs(storage, metrics, settings.log_keep());
+        let truncate = replication.clone().truncate_logs(storage, metrics, settings.keep());
         let tasks = vec![
             spawn(boxed(work)),
             spawn(boxed(accept)),
@@ -70,6 +71,7 @@ fn identity(settings: &Settings, storage_id: &StorageId) -> anyhow::Result<Ident
         "listening for other regions takes the secret that they share: --cluster-key-file or ISOBAR_CLUSTER_KEY",
     )?;
     let region = settings.region_name()?;
+    let takes_parts = settings.frame_limits.takes_parts;
     Ok(Identity {
         key: ClusterKey::new(key.as_bytes())?,
         cluster: ClusterId::new(&settings.cluster_id)?,
@@ -79,7 +81,7 @@ fn identity(settings: &Settings, storage_id: &StorageId) -> anyhow::Result<Ident
             region,
             node: NodeId(uuid::Uuid::new_v4().into_bytes()),
             storage_id: storage_id.clone(),
-            features: Default::default(),
+            features: takes_parts.then(|| FEATURE_PARTS.to_owned()).into_iter().collect(),
             client_url: settings.advertise.clone(),
             // Read anew whenever this node begins to keep the links.
             lineage: None,

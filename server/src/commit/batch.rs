@@ -16,11 +16,13 @@ pub(super) struct OwnLog {
     pub(super) origin: ClaimedOrigin,
     pub(super) seq: Seq,
     pub(super) chain: Chain,
+    /// Bytes of the runs that were appended since it was claimed.
+    pub(super) bytes: u64,
 }
 
 impl OwnLog {
     pub(super) fn new(origin: ClaimedOrigin) -> Self {
-        Self { seq: origin.last_seq, chain: origin.chain, origin }
+        Self { seq: origin.last_seq, chain: origin.chain, bytes: 0, origin }
     }
 }
 

@@ -151,7 +151,10 @@ impl Worker {
     fn advance(&mut self, batch: Batch) {
         for run in &batch.runs {
             match self.logs.iter_mut().find(|log| log.origin.id == run.origin) {
-                Some(log) => (log.seq, log.chain) = (run.last, run.chain),
+                Some(log) => {
+                    (log.seq, log.chain) = (run.last, run.chain);
+                    log.bytes += run.body.len() as u64;
+                }
                 None => self.written.note(run.origin, run.first, run.last),
             }
         }
@@ -269,6 +272,7 @@ fn progress_of(logs: &[OwnLog]) -> Vec<OwnProgress> {
         group: log.origin.group.clone(),
         seq: log.seq,
         chain: log.chain,
+        bytes: log.bytes,
     };
     logs.iter().map(one).collect()
 }

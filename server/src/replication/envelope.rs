@@ -12,7 +12,6 @@
 use std::io;
 
 use bytes::Bytes;
-use isobar_protocol::config::LINK_FRAME_BYTES_MAX;
 use isobar_protocol::link::LinkFrame;
 use isobar_protocol::link::codec::{self, LinkFrameError};
 use zstd::stream::raw::{CParameter, DParameter, Decoder, Encoder, InBuffer, Operation, OutBuffer};
@@ -22,8 +21,13 @@ use crate::storage::packing::{push_leb128, take, take_leb128};
 /// Frames are gathered into one message up to so many bytes; a single larger frame is a message of its own.
 pub(super) const MESSAGE_BYTES: usize = 256 << 10;
 
-/// Most bytes that a message may unpack to.
-pub(super) const MESSAGE_BYTES_MAX: usize = LINK_FRAME_BYTES_MAX + 16;
+/// What a message may have beyond its longest frame: the frame's length, and what a part says of itself.
+const OVERHEAD_BYTES: usize = 64;
+
+/// Most bytes that a message may unpack to whose longest frame has so many.
+pub(super) const fn message_bytes_max(frame_bytes_max: usize) -> usize {
+    frame_bytes_max + OVERHEAD_BYTES
+}
 
 /// Smaller messages are not compressed: pings and the like.
 const COMPRESS_BYTES_MIN: usize = 32;
@@ -45,8 +49,8 @@ const COMPRESSED: u8 = 1;
 pub(super) enum EnvelopeError {
     #[error("the message is malformed")]
     Malformed,
-    #[error("the message unpacks to more than {MESSAGE_BYTES_MAX} bytes")]
-    TooLarge,
+    #[error("the message unpacks to more than {0} bytes")]
+    TooLarge(usize),
     #[error(transparent)]
     Frame(#[from] LinkFrameError),
 }
@@ -115,13 +119,16 @@ impl Sealer {
 }
 
 /// The receiving end of a link's stream.
-pub(super) struct Opener(Decoder<'static>);
+pub(super) struct Opener {
+    decoder: Decoder<'static>,
+    bytes_max: usize,
+}
 
 impl Opener {
-    pub(super) fn new() -> io::Result<Self> {
+    pub(super) fn new(frame_bytes_max: usize) -> io::Result<Self> {
         let mut decoder = Decoder::new()?;
         decoder.set_parameter(DParameter::WindowLogMax(WINDOW_LOG))?;
-        Ok(Self(decoder))
+        Ok(Self { decoder, bytes_max: message_bytes_max(frame_bytes_max) })
     }
 
     /// The frames of a message. Frames that a newer program sent and this one does not know are left out. After an error
@@ -133,8 +140,8 @@ impl Opener {
             COMPRESSED => {
                 let raw = take_leb128(&mut rest).ok_or(EnvelopeError::Malformed)?;
                 let raw = usize::try_from(raw).unwrap_or(usize::MAX);
-                if raw > MESSAGE_BYTES_MAX {
-                    return Err(EnvelopeError::TooLarge);
+                if raw > self.bytes_max {
+                    return Err(EnvelopeError::TooLarge(self.bytes_max));
                 }
                 self.decompress(rest, raw)?
             }
@@ -150,7 +157,7 @@ impl Opener {
         let mut output = OutBuffer::around(&mut frames[..]);
         loop {
             let (read, written) = (input.pos(), output.pos());
-            self.0.run(&mut input, &mut output).map_err(|_| EnvelopeError::Malformed)?;
+            self.decoder.run(&mut input, &mut output).map_err(|_| EnvelopeError::Malformed)?;
             if input.pos() == compressed.len() && output.pos() == written {
                 break;
             }
@@ -185,10 +192,15 @@ fn split(frames: &Bytes) -> Result<Vec<LinkFrame>, EnvelopeError> {
 
 #[cfg(test)]
 mod tests {
+    use isobar_protocol::config::LINK_FRAME_BYTES_MAX;
     use isobar_protocol::ids::{OriginId, Seq};
     use isobar_protocol::log::Chain;
 
     use super::*;
+
+    fn opener() -> Opener {
+        Opener::new(LINK_FRAME_BYTES_MAX).unwrap()
+    }
 
     fn entries(bytes: usize) -> LinkFrame {
         let body = (0..bytes).map(|at| (at * at / 7) as u8).collect::<Vec<u8>>().into();
@@ -203,7 +215,7 @@ mod tests {
 
     #[test]
     fn frames_come_back_message_by_message() {
-        let (mut sealer, mut opener) = (Sealer::new().unwrap(), Opener::new().unwrap());
+        let (mut sealer, mut opener) = (Sealer::new().unwrap(), opener());
         for bytes in [10, 100_000, 0, 300, 3 << 20, 5] {
             let frames = [LinkFrame::Ping { sent_ms: 5 }, entries(bytes), LinkFrame::Pong { sent_ms: 6 }];
             let (message, raw) = seal(&mut sealer, &frames);
@@ -232,12 +244,12 @@ mod tests {
     fn damaged_messages_are_refused_and_never_panic() {
         let (message, _) = seal(&mut Sealer::new().unwrap(), &[entries(2_000)]);
         for length in 0..message.len() {
-            assert!(Opener::new().unwrap().open(&message.slice(..length)).is_err(), "cut to {length}");
+            assert!(opener().open(&message.slice(..length)).is_err(), "cut to {length}");
         }
         for at in 0..message.len() {
             let mut flipped = message.to_vec();
             flipped[at] ^= 0x10;
-            let _ = Opener::new().unwrap().open(&flipped.into());
+            let _ = opener().open(&flipped.into());
         }
     }
 
@@ -246,11 +258,11 @@ mod tests {
         let (message, raw) = seal(&mut Sealer::new().unwrap(), &[entries(2_000)]);
         let mut rest = &message[1..];
         take_leb128(&mut rest).unwrap();
-        for claimed in [raw - 1, raw + 1, MESSAGE_BYTES_MAX] {
+        for claimed in [raw - 1, raw + 1, message_bytes_max(LINK_FRAME_BYTES_MAX)] {
             let mut lying = vec![COMPRESSED];
             push_leb128(&mut lying, claimed as u64);
             lying.extend_from_slice(rest);
-            assert!(matches!(Opener::new().unwrap().open(&lying.into()), Err(EnvelopeError::Malformed)));
+            assert!(matches!(opener().open(&lying.into()), Err(EnvelopeError::Malformed)));
         }
     }
 
@@ -258,6 +270,6 @@ mod tests {
     fn a_claim_of_too_many_bytes_is_refused_before_they_are_allocated() {
         let mut message = vec![COMPRESSED];
         push_leb128(&mut message, u64::from(u32::MAX));
-        assert!(matches!(Opener::new().unwrap().open(&message.into()), Err(EnvelopeError::TooLarge)));
+        assert!(matches!(opener().open(&message.into()), Err(EnvelopeError::TooLarge(_))));
     }
 }

@@ -5,10 +5,9 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Instant;
 
 use isobar_protocol::ids::{OriginId, PlacementGroup, RegionName};
-use isobar_protocol::link::{LinkFrame, Progress};
+use isobar_protocol::link::{LinkFrame, MissingDocument, Progress};
 use isobar_protocol::replica::Replica;
 use tokio::sync::{mpsc, watch};
 
@@ -32,13 +31,8 @@ pub(super) struct Keeping {
 impl Shared {
     /// Takes up how far the other regions are, as it was noted last by whoever kept the links.
     pub(super) async fn read_acknowledgements(&self, storage: &dyn Storage) -> Result<(), StorageError> {
+        self.read_members(storage).await?;
         let noted = storage.acknowledgements().await?;
-        let now = Instant::now();
-        let mut heard = self.heard.lock();
-        noted.iter().for_each(|it| {
-            heard.entry(it.region.clone()).or_insert(now);
-        });
-        drop(heard);
         let mut acknowledged = self.acknowledged.lock();
         for it in noted {
             let seq = acknowledged.entry((it.region, it.origin)).or_insert(it.seq);
@@ -65,8 +59,8 @@ impl Keeping {
                     None => return,
                 },
             }
-            let replica = match self.prepare().await {
-                Ok(replica) => replica,
+            let (replica, missing) = match self.prepare().await {
+                Ok(made) => made,
                 Err(error) => {
                     tracing::warn!(%error, "links not kept yet, trying on");
                     tokio::time::sleep(RETRY).await;
@@ -75,6 +69,7 @@ impl Keeping {
             };
             let (events, answers) = mpsc::channel(EVENTS_MAX);
             let mut task = Task::new(replica, self.parts.clone(), self.shared.clone(), &events);
+            task.want(missing);
             // What was observed before was for another to find out.
             self.parts.receipts.look_anew();
             let ended = tokio::select! {
@@ -89,8 +84,8 @@ impl Keeping {
         }
     }
 
-    /// A replica of what is stored. From now on links can be made.
-    async fn prepare(&self) -> Result<Replica, StorageError> {
+    /// A replica of what is stored, and what snapshots of before lacked. From now on links can be made.
+    async fn prepare(&self) -> Result<(Replica, Vec<MissingDocument>), StorageError> {
         let lineage = self.parts.storage.registered_nodes().await?;
         self.shared.read_acknowledgements(&*self.parts.storage).await?;
         let origins = self.parts.storage.origins().await?.into_iter().map(|it| Progress {
@@ -100,8 +95,10 @@ impl Keeping {
             seq: it.seq,
             chain: it.chain,
         });
+        let missing = self.parts.storage.missing_documents().await?;
+        let origins = origins.collect();
         self.shared.lineage.send_replace(Some(lineage));
-        Ok(Replica::new(self.region.clone(), self.groups.clone(), origins.collect(), self.own.clone()))
+        Ok((Replica::new(self.region.clone(), self.groups.clone(), origins, self.own.clone()), missing))
     }
 }
 

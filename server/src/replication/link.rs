@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::{Sink, SinkExt, Stream, StreamExt};
+use isobar_protocol::config::LINK_FRAME_BYTES_MAX;
+use isobar_protocol::link::FEATURE_PARTS;
 use isobar_protocol::link::handshake::{
     Agreed, Handshake, HandshakeError, Hello, Identity, NodeId, Nonce, Refusal, Step,
 };
@@ -17,9 +19,10 @@ use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use tokio_tungstenite::tungstenite::{self, Message};
 
-use super::envelope::{Envelope, MESSAGE_BYTES_MAX, Opener, Sealer};
+use super::envelope::{Envelope, Opener, Sealer, message_bytes_max};
 use super::outgoing::Outgoing;
 use super::pace::Pace;
+use super::parts::{Assembly, FrameLimits, PartsError};
 use super::{Event, Replication, Verdict};
 use crate::telemetry::{LinkSent, Metrics};
 
@@ -50,6 +53,8 @@ pub(super) enum LinkError {
     Handshake(#[from] HandshakeError),
     #[error("the peer sent what cannot be read: {0}")]
     Envelope(#[from] super::envelope::EnvelopeError),
+    #[error("the peer sent what cannot be put together: {0}")]
+    Parts(#[from] PartsError),
     #[error("compression failed: {0}")]
     Compression(#[from] std::io::Error),
     /// There is a link to that region already, and it goes before this one.
@@ -87,8 +92,8 @@ impl<S: AsyncRead + AsyncWrite + Send + Unpin> Duplex for S {}
 /// How both ends set their sockets up.
 pub(super) fn socket_config() -> WebSocketConfig {
     WebSocketConfig::default()
-        .max_message_size(Some(MESSAGE_BYTES_MAX))
-        .max_frame_size(Some(MESSAGE_BYTES_MAX))
+        .max_message_size(Some(message_bytes_max(LINK_FRAME_BYTES_MAX)))
+        .max_frame_size(Some(message_bytes_max(LINK_FRAME_BYTES_MAX)))
 }
 
 /// Proves to the other end who this node is, and has it prove who it is.
@@ -111,8 +116,8 @@ where
     };
     let agreed =
         tokio::time::timeout(HANDSHAKE_PATIENCE, proving).await.map_err(|_| LinkError::TimedOut)??;
-    let Hello { region, node, storage_id, groups, client_url, lineage, .. } = agreed.peer;
-    Ok(Proved { peer: Peer { region, node, storage_id, groups, client_url }, lineage })
+    let Hello { region, node, storage_id, groups, features, client_url, lineage } = agreed.peer;
+    Ok(Proved { peer: Peer { region, node, storage_id, groups, client_url, features }, lineage })
 }
 
 /// Hears who is at the other end, and refuses it.
@@ -202,7 +207,8 @@ where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let link = LinkId(replication.shared.next_link.fetch_add(1, Ordering::Relaxed));
-    let outgoing = Arc::new(Outgoing::default());
+    let limits = replication.shared.frame_limits;
+    let outgoing = Arc::new(Outgoing::to(peer.features.contains(FEATURE_PARTS)));
     let pace = Pace::new(replication.shared.peer_rate_limit, Instant::now());
     let counted = metrics.link_sent(&peer.region);
     let (kept, is_kept) = oneshot::channel();
@@ -227,7 +233,7 @@ where
         }
     }
     let ended = tokio::select! {
-        ended = read(replication, metrics, link, stream) => ended,
+        ended = read(replication, metrics, link, &limits, stream) => ended,
         ended = write(metrics, &counted, &outgoing, pace, sink) => ended,
         () = async { outgoing.closed().await; tokio::time::sleep(CLOSE_PATIENCE).await } => Ok(()),
     };
@@ -239,9 +245,11 @@ async fn read(
     replication: &Replication,
     metrics: &Metrics,
     link: LinkId,
+    limits: &FrameLimits,
     mut stream: impl Stream<Item = Result<Message, tungstenite::Error>> + Unpin,
 ) -> Result<(), LinkError> {
-    let mut opener = Opener::new()?;
+    let mut opener = Opener::new(limits.frame_bytes_max)?;
+    let mut assembly = Assembly::new(limits);
     while let Some(message) = stream.next().await {
         let message = match message? {
             Message::Binary(message) => message,
@@ -250,6 +258,7 @@ async fn read(
         };
         metrics.link_bytes_received.increment(message.len() as u64);
         for frame in opener.open(&message)? {
+            let Some(frame) = assembly.receive(frame)? else { continue };
             let event = Event::Frame { link, frame };
             replication.events.send(event).await.map_err(|_| LinkError::Closed)?;
         }

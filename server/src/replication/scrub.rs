@@ -266,6 +266,7 @@ pub(super) async fn take_offered(parts: &Parts, region: &RegionName, contents: D
     let document = contents.document.clone();
     match parts.documents.mend(contents, &parts.committer).await {
         Ok(mended) if mended.is_something() => {
+            parts.exchange.stored(vec![document.clone()]);
             parts.metrics.scrub_differences.increment(1);
             parts.metrics.scrub_repaired.increment(1);
             tracing::error!(%region, %document, ?mended, "another region had what was lost here, it is stored again");

@@ -1,10 +1,14 @@
 //! Whole documents between regions: pages of them, and single ones.
+//!
+//! A document that cannot be read, or is too large for the way to the peer, holds up no other: it is named as missing, and
+//! counted.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
 
 use isobar_protocol::ids::{DocumentId, PlacementGroup};
-use isobar_protocol::link::{DocumentContents, Progress, Standing};
+use isobar_protocol::link::{DocumentContents, MissingDocument, Progress, Standing};
+use isobar_protocol::replica::Page;
 
 use super::{Parts, RETRY};
 use crate::documents::{ContentsError, LoadError};
@@ -14,48 +18,74 @@ use crate::storage::{DocumentState, ListedDocument, StorageError, StoredOrigin};
 const PAGE_DOCUMENTS: u32 = 256;
 const PAGE_BYTES: usize = 1 << 20;
 
-/// Documents, and what to ask for next.
-pub(super) type Page = (Vec<DocumentContents>, Option<DocumentId>);
+/// For whom documents are read.
+#[derive(Debug, Clone)]
+pub(super) struct Audience {
+    pub(super) groups: BTreeSet<PlacementGroup>,
+    /// Most bytes of one document's contents that fit through the link.
+    pub(super) contents_bytes_max: usize,
+}
 
-/// A page of the documents of these groups; `None` if the database does not answer.
-pub(super) async fn read_page(
-    parts: &Parts,
-    after: Option<DocumentId>,
-    groups: &BTreeSet<PlacementGroup>,
-) -> Option<Page> {
+/// What came of reading a document.
+enum Reading {
+    Absent,
+    Contents(DocumentContents),
+    /// It is here and cannot be given.
+    Withheld,
+}
+
+/// A page of the documents of a peer's groups; `None` if the database does not answer.
+pub(super) async fn read_page(parts: &Parts, after: Option<DocumentId>, audience: &Audience) -> Option<Page> {
     let listed = parts.storage.list_documents(after.as_ref(), PAGE_DOCUMENTS).await;
     let listed = listed.inspect_err(|error| tracing::warn!(%error, "documents not listed")).ok()?;
     let is_last = listed.len() < PAGE_DOCUMENTS as usize;
-    let mut documents = Vec::new();
+    let mut page = Page::default();
     let mut bytes = 0;
-    let mut reached = None;
     for ListedDocument { id, group, .. } in listed {
         if bytes >= PAGE_BYTES {
-            return Some((documents, reached));
+            return Some(page);
         }
-        if groups.contains(&group) {
-            let contents = read_contents(parts, &id).await?;
-            bytes += contents.as_ref().map_or(0, contents_bytes);
-            documents.extend(contents);
+        if audience.groups.contains(&group) {
+            match read_contents(parts, &id, audience).await? {
+                Reading::Contents(contents) => {
+                    bytes += contents.bytes();
+                    page.documents.push(contents);
+                }
+                Reading::Withheld => page.missing.push(MissingDocument { document: id.clone(), group }),
+                Reading::Absent => {}
+            }
         }
-        reached = Some(id);
+        page.next = Some(id);
     }
-    Some((documents, if is_last { None } else { reached }))
+    if is_last {
+        page.next = None;
+    }
+    Some(page)
 }
 
-/// A document for a region that holds these groups; `None` if it is not here, or not for it.
+/// A document for a peer; `None` if it is not here, cannot be given, or is not for it.
 pub(super) async fn contents(
     parts: &Parts,
     document: &DocumentId,
-    groups: &BTreeSet<PlacementGroup>,
+    audience: &Audience,
 ) -> Option<DocumentContents> {
-    read_contents(parts, document).await.flatten().filter(|contents| groups.contains(&contents.group))
+    match read_contents(parts, document, audience).await? {
+        Reading::Contents(contents) => Some(contents).filter(|it| audience.groups.contains(&it.group)),
+        Reading::Absent | Reading::Withheld => None,
+    }
 }
 
-/// The outer `None`: the database does not answer.
-async fn read_contents(parts: &Parts, document: &DocumentId) -> Option<Option<DocumentContents>> {
+/// `None`: the database does not answer.
+async fn read_contents(parts: &Parts, document: &DocumentId, audience: &Audience) -> Option<Reading> {
     match parts.documents.contents(document).await {
-        Ok(contents) => Some(contents),
+        Ok(None) => Some(Reading::Absent),
+        Ok(Some(contents)) if contents.bytes() > audience.contents_bytes_max => {
+            let (bytes, bytes_max) = (contents.bytes(), audience.contents_bytes_max);
+            tracing::error!(%document, bytes, bytes_max, "document is too large for the link, not passed on");
+            parts.metrics.contents_withheld("too_large");
+            Some(Reading::Withheld)
+        }
+        Ok(Some(contents)) => Some(Reading::Contents(contents)),
         Err(LoadError::Storage(error)) => {
             tracing::warn!(%document, %error, "document not read");
             None
@@ -63,15 +93,10 @@ async fn read_contents(parts: &Parts, document: &DocumentId) -> Option<Option<Do
         Err(error) => {
             // What is damaged here is no help to anybody else.
             tracing::error!(%document, %error, "stored document is damaged, not passed on");
-            Some(None)
+            parts.metrics.contents_withheld("damaged");
+            Some(Reading::Withheld)
         }
     }
-}
-
-fn contents_bytes(contents: &DocumentContents) -> usize {
-    let base =
-        contents.base.as_ref().map_or(0, |base| base.chunk.len() + base.index.len() + base.summary.len());
-    base + contents.changes.iter().map(bytes::Bytes::len).sum::<usize>() + 64
 }
 
 /// What a region learns of a document that it asks for.
@@ -104,33 +129,59 @@ pub(super) async fn standing(
     })
 }
 
-/// Stores what is not here yet. Returns when it is durable, however long that takes; what cannot be used is left out.
-pub(super) async fn store_page(parts: &Parts, documents: Vec<DocumentContents>) {
-    let ids: Vec<DocumentId> = documents.iter().map(|it| it.document.clone()).collect();
+/// Stores what is not here yet. Returns when it is durable, however long that takes, and which documents cannot be used.
+pub(super) async fn store_page(parts: &Parts, documents: Vec<DocumentContents>) -> Vec<MissingDocument> {
+    let (mut stored, mut unusable) = (Vec::new(), Vec::new());
     for contents in documents {
-        let document = contents.document.clone();
-        let mut pause = RETRY;
-        loop {
-            match parts.documents.store_contents(contents.clone(), &parts.committer).await {
-                Ok(()) => break,
-                Err(ContentsError::Load(LoadError::Storage(error))) => {
-                    tracing::warn!(%document, %error, "document not stored yet");
-                }
-                Err(ContentsError::Stopped(_)) => return std::future::pending().await,
-                Err(error) => {
-                    tracing::error!(%document, %error, "another region's document cannot be used");
-                    break;
-                }
-            }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(Duration::from_secs(10));
+        let (document, group) = (contents.document.clone(), contents.group.clone());
+        match store_contents(parts, contents).await {
+            true => stored.push(document),
+            false => unusable.push(MissingDocument { document, group }),
         }
     }
-    parts.exchange.stored(ids);
+    // No log says so to the other nodes of the region.
+    parts.exchange.stored(stored);
+    unusable
 }
 
-/// Raises the counters to the snapshot's, however long it takes.
-pub(super) async fn adopt(parts: &Parts, origins: &[Progress]) {
+/// The same for one document: returns whether it could be used.
+pub(super) async fn store(parts: &Parts, contents: DocumentContents) -> bool {
+    store_page(parts, vec![contents]).await.is_empty()
+}
+
+async fn store_contents(parts: &Parts, contents: DocumentContents) -> bool {
+    let document = contents.document.clone();
+    let mut pause = RETRY;
+    loop {
+        match parts.documents.store_contents(contents.clone(), &parts.committer).await {
+            Ok(()) => return true,
+            Err(ContentsError::Load(LoadError::Storage(error))) => {
+                tracing::warn!(%document, %error, "document not stored yet");
+            }
+            Err(ContentsError::Stopped(_)) => return std::future::pending().await,
+            Err(error) => {
+                tracing::error!(%document, %error, "another region's document cannot be used");
+                return false;
+            }
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(Duration::from_secs(10));
+    }
+}
+
+/// Notes that a document is not missing any more, however long it takes.
+pub(super) async fn note_found(parts: &Parts, document: &DocumentId) {
+    while let Err(error) = parts.storage.document_found(document).await {
+        tracing::warn!(%document, %error, "document not noted to be found yet");
+        if matches!(error, StorageError::Fatal(_)) {
+            return std::future::pending().await;
+        }
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
+/// Raises the counters to the snapshot's and notes what it lacked, however long it takes.
+pub(super) async fn adopt(parts: &Parts, origins: &[Progress], missing: &[MissingDocument]) {
     let origins: Vec<StoredOrigin> = origins
         .iter()
         .map(|it| StoredOrigin {
@@ -142,7 +193,7 @@ pub(super) async fn adopt(parts: &Parts, origins: &[Progress]) {
             claimed: false,
         })
         .collect();
-    while let Err(error) = parts.storage.adopt_origins(&origins).await {
+    while let Err(error) = parts.storage.adopt_origins(&origins, missing).await {
         tracing::warn!(%error, "snapshot's vector not adopted yet");
         if matches!(error, StorageError::Fatal(_)) {
             return std::future::pending().await;

@@ -6,25 +6,33 @@ use std::time::{Duration, Instant};
 
 use isobar_protocol::ids::{OriginId, PlacementGroup, RegionName, Seq};
 use isobar_protocol::link::handshake::NodeId;
-use isobar_protocol::link::{CLONED, LinkFrame, Progress};
+use isobar_protocol::link::{CLONED, FEATURE_PARTS, LinkFrame, Progress};
 use isobar_protocol::receipts::{Observer, Receipts, Target};
 use isobar_protocol::replica::{LinkId, LinkStatus, Moment, Peer, Replica};
 use tokio::sync::{mpsc, oneshot};
 
+use super::members::NOTE_EVERY;
 use super::outgoing::Outgoing;
-use super::{Event, Parts, SearchOutcome, Shared, Verdict, View};
+use super::snapshot::Audience;
+use super::{Event, Lag, Parts, SearchOutcome, Shared, Verdict, View};
 use crate::commit::OwnProgress;
 use crate::storage::Acknowledgement;
 
+mod answers;
 mod clones;
 mod effects;
 mod exchange;
+mod log_bytes;
+mod missing;
 mod receipts;
 pub(super) mod scrub;
 mod siblings;
 
+use answers::Answers;
 use clones::Doubt;
 use exchange::Exchange;
+use log_bytes::LogBytes;
+use missing::Wanted;
 use siblings::Observers;
 
 /// How often the replica is told that time has passed.
@@ -43,6 +51,9 @@ struct Up {
     /// Whether the region whose name comes first dialled it: of two links between the same regions that one stays.
     dialled_by_first: bool,
     outgoing: Arc<Outgoing>,
+    /// For whom documents are read that the peer asks for.
+    audience: Audience,
+    answers: Answers,
 }
 
 /// The task. See the module.
@@ -53,6 +64,9 @@ pub(super) struct Task {
     events: mpsc::WeakSender<Event>,
     links: HashMap<LinkId, Up>,
     exchange: Exchange,
+    /// What a snapshot lacked.
+    wanted: Wanted,
+    log_bytes: LogBytes,
     receipts: Receipts,
     observers: Observers,
     /// The last target of each group.
@@ -64,6 +78,8 @@ pub(super) struct Task {
     cloned_by: BTreeSet<RegionName>,
     /// Acknowledgements that are not noted in the database yet.
     unnoted: HashMap<(RegionName, OriginId), Seq>,
+    /// When it was noted last which regions are linked.
+    members_noted: Instant,
     started: Instant,
 }
 
@@ -81,6 +97,8 @@ impl Task {
             events: events.downgrade(),
             links: HashMap::new(),
             exchange: Exchange::default(),
+            wanted: Wanted::default(),
+            log_bytes: LogBytes::default(),
             receipts: Receipts::default(),
             observers: Observers::default(),
             targets: BTreeMap::new(),
@@ -88,6 +106,7 @@ impl Task {
             last_placed: HashMap::new(),
             cloned_by: BTreeSet::new(),
             unnoted: HashMap::new(),
+            members_noted: Instant::now(),
             started: Instant::now(),
         }
     }
@@ -128,7 +147,8 @@ impl Task {
                     let own = progress.borrow_and_update().clone();
                     let region = self.replica.region().clone();
                     own.into_iter().for_each(|own| {
-                        let OwnProgress { origin, group, seq, chain } = own;
+                        self.log_bytes.note(&own);
+                        let OwnProgress { origin, group, seq, chain, .. } = own;
                         let progress = Progress { origin, region: region.clone(), group, seq, chain };
                         self.replica.own_appended(now, progress);
                     });
@@ -159,7 +179,11 @@ impl Task {
         match event {
             Event::Opened { link, peer, lineage, dialled_here, outgoing, kept } => {
                 let dialled_by_first = dialled_here == (*self.replica.region() < peer.region);
-                let up = Up { peer, lineage, doubt: None, dialled_by_first, outgoing };
+                let takes_parts = peer.features.contains(FEATURE_PARTS);
+                let contents_bytes_max = self.parts.frame_limits.contents_bytes_max(takes_parts);
+                let audience = Audience { groups: peer.groups.clone(), contents_bytes_max };
+                let answers = Answers::new(outgoing.clone());
+                let up = Up { peer, lineage, doubt: None, dialled_by_first, outgoing, audience, answers };
                 let _ = kept.send(self.open(link, up));
             }
             Event::Closed { link } => self.closed(link),
@@ -169,11 +193,19 @@ impl Task {
             }
             Event::Stored { origin, last, outcome } => self.replica.stored(now, origin, last, outcome),
             Event::PageRead { link, page } => self.replica.page_read(now, link, page),
-            Event::PageStored => self.replica.page_stored(now),
-            Event::Adopted { origins } => self.replica.adopted(now, &origins),
+            Event::PageStored { unusable } => self.replica.page_stored(now, unusable),
+            Event::Adopted { origins, missing } => {
+                self.replica.adopted(now, &origins);
+                self.want(missing);
+            }
             Event::Search { document, group, found } => self.search(document, group, found),
-            Event::Reply { link, frame } => self.send(link, frame),
-            Event::Fetched { request } => self.exchange.settle(request, &SearchOutcome::Found),
+            Event::Fetched { request, stored: true } => {
+                self.exchange.settle(request, &SearchOutcome::Found);
+            }
+            Event::Fetched { request, stored: false } => self.exchange.give_up(request),
+            Event::WantedStored { document, request, stored } => {
+                self.wanted_stored(&document, request, stored);
+            }
             Event::Presence { group, message } => self.relay_presence(&group, &message),
             Event::Observed { observed, left } => self.observe(Observer::HERE, observed, left, &[]),
             Event::Told { by, notice } => self.told(by, notice),
@@ -198,7 +230,8 @@ impl Task {
         self.parts.metrics.linked(&peer.region, true);
         self.shared.linked.lock().insert(peer.region.clone(), link);
         self.shared.known.lock().insert(peer.region.clone(), peer.clone());
-        self.shared.heard.lock().insert(peer.region.clone(), Instant::now());
+        self.note_linked(&peer.region);
+        up.audience.groups = peer.groups.clone();
         let groups = peer.groups.clone();
         self.replica.link_opened(self.now(), link, peer);
         self.links.insert(link, up);
@@ -235,15 +268,18 @@ impl Task {
     fn closed(&mut self, link: LinkId) {
         let Some(up) = self.links.remove(&link) else { return };
         up.outgoing.close();
+        up.answers.close();
         self.parts.receipts.forget(&up.peer.region);
         let mut linked = self.shared.linked.lock();
         if linked.get(&up.peer.region) == Some(&link) {
             linked.remove(&up.peer.region);
             tracing::warn!(region = %up.peer.region, "region not linked any more");
             self.parts.metrics.linked(&up.peer.region, false);
+            self.note_linked(&up.peer.region);
         }
         drop(linked);
         self.exchange.link_closed(link);
+        self.wanted.link_closed(link);
         self.receipts.link_closed(link);
         self.scrubs.link_closed(link);
         self.replica.link_closed(self.now(), link);
@@ -282,20 +318,54 @@ impl Task {
     fn look_after(&mut self) {
         self.refresh_interests();
         self.exchange.expire();
+        self.ask_for_wanted();
         self.look_after_siblings();
         self.scrubs.expire();
         let now = self.now();
         let links: Vec<LinkStatus> = self.replica.links().collect();
         let waiting: usize = self.links.values().map(|up| up.outgoing.len()).sum();
         self.parts.metrics.link_frames_waiting.set(waiting as f64);
+        let answers: usize = self.links.values().map(|up| up.answers.under_way()).sum();
+        self.parts.metrics.link_answers_waiting.set(answers as f64);
+        let bulk_bytes: usize = self.links.values().map(|up| up.outgoing.bulk_bytes()).sum();
+        self.parts.metrics.link_bytes_waiting.set(bulk_bytes as f64);
         for status in &links {
-            self.parts.metrics.link(status, lag_ms(now, status));
-            self.shared.heard.lock().insert(status.region.clone(), Instant::now());
+            self.parts.metrics.link(status, self.lag(now, status));
         }
-        let lags_ms = links.iter().map(|status| lag_ms(now, status)).collect();
+        if self.members_noted.elapsed() >= NOTE_EVERY {
+            self.members_noted = Instant::now();
+            links.iter().for_each(|status| self.note_linked(&status.region));
+        }
+        let lags = links.iter().map(|status| self.lag(now, status)).collect();
         let forked = self.replica.forked().collect();
-        *self.shared.view.lock() = View { vector: self.replica.vector(), links, lags_ms, forked };
+        let missing = self.wanted.documents().collect();
+        let fetch = self.replica.fetch_status(now);
+        *self.shared.view.lock() =
+            View { vector: self.replica.vector(), links, lags, forked, missing, fetch };
         self.note_acknowledgements();
+    }
+
+    fn lag(&self, now: Moment, status: &LinkStatus) -> Lag {
+        let acknowledged = self.shared.acknowledged.lock();
+        let has = |origin| acknowledged.get(&(status.region.clone(), origin)).copied().unwrap_or(Seq(0));
+        let groups = self.links.get(&status.link).map(|up| &up.peer.groups);
+        Lag {
+            ms: status.unacknowledged_since.map_or(0, |since| now.0.saturating_sub(since.0)),
+            bytes: groups.map_or(0, |groups| self.log_bytes.lacking(groups, has)),
+        }
+    }
+
+    /// Has it noted that a region was linked until now.
+    fn note_linked(&self, region: &RegionName) {
+        let member = self.shared.is_linked_now(region);
+        self.parts.metrics.needs_snapshot(region, false);
+        let storage = self.parts.storage.clone();
+        tokio::spawn(async move {
+            // It is said again soon, unless it is not so any more.
+            if let Err(error) = storage.note_member(&member).await {
+                tracing::warn!(region = %member.region, %error, "link not noted");
+            }
+        });
     }
 
     fn note_acknowledgements(&mut self) {
@@ -313,9 +383,4 @@ impl Task {
             }
         });
     }
-}
-
-/// How long a peer has lacked the oldest entry of this node's own that it lacks.
-fn lag_ms(now: Moment, status: &LinkStatus) -> u64 {
-    status.unacknowledged_since.map_or(0, |since| now.0.saturating_sub(since.0))
 }

@@ -1,7 +1,8 @@
 //! Giving up log entries that every region has.
 //!
 //! An origin's entries go once each member region has acknowledged them and they are of a certain age. A member is whoever
-//! was ever linked. One that has not been heard of for long is not waited for any more: it will fetch a snapshot.
+//! was ever linked. One that was not linked for long is marked ([`super::members`]), and not waited for any more: it will fetch a
+//! snapshot.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -11,25 +12,31 @@ use isobar_protocol::ids::{RegionName, Seq};
 use tokio::time::Instant;
 
 use super::Replication;
-use crate::storage::{Storage, StoredOrigin};
+use crate::storage::{Member, Storage, StorageError, StoredOrigin};
 use crate::telemetry::Metrics;
 
-/// How often it is done.
-const INTERVAL: Duration = Duration::from_secs(60);
-
-/// After so long without a link a member is not waited for.
-const SILENCE_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
+/// What is kept for how long.
+#[derive(Debug, Clone, Copy)]
+pub struct Keep {
+    /// How often logs are looked at.
+    pub every: Duration,
+    /// How long entries are kept that everybody has.
+    pub entries: Duration,
+    /// After so long without a link a member is not waited for.
+    pub silence: Duration,
+}
 
 impl Replication {
     /// The members that are waited for, and how far each has the origin. A region that is not in the origin's group never
     /// has it; one that was not linked since the node started may be in it.
     fn awaited(&self, origin: &StoredOrigin) -> BTreeMap<RegionName, Seq> {
+        let members = self.members();
         let known = self.shared.known.lock();
-        let in_group = |region| known.get(region).is_none_or(|peer| peer.groups.contains(&origin.group));
-        let heard = self.shared.heard.lock();
-        let members = heard.iter().filter(|(_, at)| at.elapsed() < SILENCE_MAX);
-        let members = members.filter(|(region, _)| in_group(region));
-        members.map(|(region, _)| (region.clone(), self.acknowledged(region, origin.id))).collect()
+        let in_group =
+            |region: &RegionName| known.get(region).is_none_or(|peer| peer.groups.contains(&origin.group));
+        let is_awaited = |it: &Member| !it.needs_snapshot || self.is_linked_to(&it.region);
+        let members = members.into_iter().filter(|it| is_awaited(it) && in_group(&it.region));
+        members.map(|it| (it.region.clone(), self.acknowledged(&it.region, origin.id))).collect()
     }
 
     /// The seq up to which everybody has an origin.
@@ -39,27 +46,34 @@ impl Replication {
     }
 
     /// Truncates the logs now and then; to be run as a task.
-    pub async fn truncate_logs(self, storage: Arc<dyn Storage>, metrics: Arc<Metrics>, keep: Duration) {
-        let mut ticks = tokio::time::interval_at(Instant::now() + INTERVAL, INTERVAL);
+    pub async fn truncate_logs(self, storage: Arc<dyn Storage>, metrics: Arc<Metrics>, keep: Keep) {
+        let mut ticks = tokio::time::interval_at(Instant::now() + keep.every, keep.every);
         loop {
             ticks.tick().await;
             if !self.keeps_links() {
                 continue;
             }
-            let origins = match storage.origins().await {
-                Ok(origins) => origins,
-                Err(error) => {
-                    tracing::warn!(%error, "logs not truncated");
-                    continue;
-                }
-            };
-            for origin in origins {
-                let up_to = self.everybody_has(&origin);
-                match storage.truncate_log(origin.id, up_to, keep).await {
-                    Ok(()) => metrics.log_truncated_seq.set(up_to.0 as f64),
-                    Err(error) => tracing::warn!(%error, "log not truncated"),
-                }
+            if let Err(error) = self.truncate_all(&*storage, &metrics, keep).await {
+                tracing::warn!(%error, "logs not truncated");
             }
         }
+    }
+
+    async fn truncate_all(
+        &self,
+        storage: &dyn Storage,
+        metrics: &Metrics,
+        keep: Keep,
+    ) -> Result<(), StorageError> {
+        self.mark_silent(storage, metrics, keep.silence).await?;
+        let mut held = 0;
+        for origin in storage.origins().await? {
+            let up_to = self.everybody_has(&origin);
+            held += origin.seq.0 - up_to.0;
+            storage.truncate_log(origin.id, up_to, keep.entries).await?;
+        }
+        metrics.log_entries_held.set(held as f64);
+        metrics.log_truncations.increment(1);
+        Ok(())
     }
 }

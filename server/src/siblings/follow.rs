@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use isobar_protocol::config::Limits;
 use isobar_protocol::ids::{OriginId, Seq};
-use isobar_protocol::log::open_run;
+use isobar_protocol::log::{Opened, open_run};
 
 use super::exchange::{self, Exchange};
 use crate::commit::Committer;
@@ -118,6 +118,13 @@ impl Follower {
     }
 
     async fn follow_origin(&mut self, origin: &StoredOrigin) -> Result<(), StorageError> {
+        if self.positions.get(&origin.id).is_some_and(|position| *position > origin.seq) {
+            // The database has lost commits, in a failover perhaps. What comes back is news again.
+            tracing::warn!(origin = %origin.id.0, seq = origin.seq.0, "a log is shorter than it was");
+            self.positions.insert(origin.id, origin.seq);
+            self.refresh_due = true;
+            return Ok(());
+        }
         loop {
             // Of an origin that is new everything is news.
             let before = self.positions.get(&origin.id).copied().unwrap_or(Seq(0));
@@ -148,6 +155,10 @@ impl Follower {
         self.exchange.note_followed(origin, run.last);
         match open_run(&run.body, &Limits::stored()) {
             Ok(entries) => {
+                if entries.iter().any(|(_, opened)| matches!(opened, Opened::Tombstone { .. })) {
+                    // Bytes of deleted documents go at once, and storage has erased them where they stand.
+                    self.committer.recent_log().clear();
+                }
                 let followed = self.documents.follow(entries, &origin.group, &self.committer);
                 let taken = followed.await;
                 self.metrics.followed_changes.increment(taken);

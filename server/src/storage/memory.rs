@@ -17,6 +17,7 @@ use isobar_protocol::config::LINK_LINEAGE_MAX;
 use isobar_protocol::ids::{
     ChangeHash, DocumentId, Incarnation, OriginId, PlacementGroup, RegionName, Seq, StorageId,
 };
+use isobar_protocol::link::MissingDocument;
 use isobar_protocol::link::handshake::NodeId;
 use isobar_protocol::log::Chain;
 use parking_lot::{Mutex, MutexGuard};
@@ -25,9 +26,9 @@ use uuid::Uuid;
 use super::clock::before_now_ms;
 use super::log_run::{check, gather};
 use super::{
-    Acknowledgement, Batch, ClaimedOrigin, DocumentState, ListedDocument, NewBase, Storage, StorageError,
-    StorageStatistics, StoredBase, StoredChange, StoredDocument, StoredOrigin, StoredRun, check_settable,
-    new_storage_id,
+    Acknowledgement, Batch, ClaimedOrigin, DocumentState, ListedDocument, Member, NewBase, Storage,
+    StorageError, StorageStatistics, StoredBase, StoredChange, StoredDocument, StoredOrigin, StoredRun,
+    check_settable, new_storage_id,
 };
 
 /// A handle to a store in memory.
@@ -46,6 +47,9 @@ struct Database {
     acknowledgements: BTreeMap<(RegionName, OriginId), Seq>,
     /// The latest last.
     nodes: Vec<NodeId>,
+    members: BTreeMap<RegionName, Member>,
+    /// What snapshots lacked.
+    missing: BTreeMap<DocumentId, PlacementGroup>,
     /// By slot.
     seats: BTreeMap<u32, seat::Taken>,
     /// The node that keeps the links.
@@ -359,8 +363,15 @@ impl Storage for MemoryStorage {
         Ok(())
     }
 
-    async fn adopt_origins(&self, origins: &[StoredOrigin]) -> Result<(), StorageError> {
+    async fn adopt_origins(
+        &self,
+        origins: &[StoredOrigin],
+        missing: &[MissingDocument],
+    ) -> Result<(), StorageError> {
         let mut database = self.database()?;
+        for lacking in missing {
+            database.missing.entry(lacking.document.clone()).or_insert_with(|| lacking.group.clone());
+        }
         for adopted in origins {
             let new = || Origin::new(adopted.region.clone(), adopted.group.clone(), None);
             let origin = database.origins.entry(adopted.id).or_insert_with(new);
@@ -380,6 +391,37 @@ impl Storage for MemoryStorage {
 
     async fn registered_nodes(&self) -> Result<Vec<NodeId>, StorageError> {
         Ok(self.database()?.nodes.iter().rev().take(LINK_LINEAGE_MAX).copied().collect())
+    }
+
+    async fn missing_documents(&self) -> Result<Vec<MissingDocument>, StorageError> {
+        let missing = |(document, group): (&DocumentId, &PlacementGroup)| MissingDocument {
+            document: document.clone(),
+            group: group.clone(),
+        };
+        Ok(self.database()?.missing.iter().map(missing).collect())
+    }
+
+    async fn document_found(&self, document: &DocumentId) -> Result<(), StorageError> {
+        self.database()?.missing.remove(document);
+        Ok(())
+    }
+
+    async fn note_member(&self, member: &Member) -> Result<(), StorageError> {
+        let mut database = self.database()?;
+        let noted = database.members.entry(member.region.clone()).or_insert_with(|| member.clone());
+        noted.linked_at_ms = noted.linked_at_ms.max(member.linked_at_ms);
+        noted.needs_snapshot = member.needs_snapshot;
+        Ok(())
+    }
+
+    async fn members(&self) -> Result<Vec<Member>, StorageError> {
+        Ok(self.database()?.members.values().cloned().collect())
+    }
+
+    async fn forget_member(&self, region: &RegionName) -> Result<bool, StorageError> {
+        let mut database = self.database()?;
+        database.acknowledgements.retain(|(of, _), _| of != region);
+        Ok(database.members.remove(region).is_some())
     }
 
     async fn note_acknowledgements(&self, news: &[Acknowledgement]) -> Result<(), StorageError> {

@@ -24,6 +24,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use isobar_protocol::config::LINK_LINEAGE_MAX;
 use isobar_protocol::ids::{ChangeHash, DocumentId, OriginId, PlacementGroup, RegionName, Seq, StorageId};
+use isobar_protocol::link::MissingDocument;
 use isobar_protocol::link::handshake::NodeId;
 use sqlx::error::DatabaseError;
 use sqlx::postgres::{PgArguments, PgConnectOptions, PgConnection, PgQueryResult, PgRow};
@@ -35,13 +36,13 @@ use super::clock::{before_now_ms, now_ms};
 use super::failure::{clamped, classify, intact, signed, unsigned};
 use super::log_run::{FoundCounter, check, judge_refused};
 use super::rows::{
-    AcknowledgementRow, ContentsRow, CounterRow, ListedRow, OriginRow, loaded_document, node_id, read_runs,
-    state_columns,
+    AcknowledgementRow, ContentsRow, CounterRow, ListedRow, MemberRow, MissingRow, OriginRow,
+    loaded_document, node_id, read_runs, state_columns,
 };
 use super::{
-    Acknowledgement, Batch, ClaimedOrigin, DocumentState, ListedDocument, NewBase, RunAppend, Storage,
-    StorageError, StorageStatistics, StoredChange, StoredDocument, StoredOrigin, StoredRun, new_storage_id,
-    schema,
+    Acknowledgement, Batch, ClaimedOrigin, DocumentState, ListedDocument, Member, NewBase, RunAppend,
+    Storage, StorageError, StorageStatistics, StoredChange, StoredDocument, StoredOrigin, StoredRun,
+    new_storage_id, schema,
 };
 
 /// Connections for appends. An origin's appends follow each other; this allows a few origins and the writes of
@@ -320,12 +321,26 @@ impl Storage for PostgresStorage {
         self.execute(query).await.map(drop)
     }
 
-    async fn adopt_origins(&self, origins: &[StoredOrigin]) -> Result<(), StorageError> {
+    async fn adopt_origins(
+        &self,
+        origins: &[StoredOrigin],
+        missing: &[MissingDocument],
+    ) -> Result<(), StorageError> {
         let mut lease = self.readers.lease().await?;
-        let work = origins::adopt(&mut lease.connection, origins);
+        let work = origins::adopt(&mut lease.connection, origins, missing);
         self.readers.finish(BULK_TIMEOUT, work).await?;
         lease.give_back();
         Ok(())
+    }
+
+    async fn missing_documents(&self) -> Result<Vec<MissingDocument>, StorageError> {
+        let rows = self.fetch_all(CALL_TIMEOUT, sqlx::query_as(schema::READ_MISSING_DOCUMENTS)).await?;
+        rows.into_iter().map(MissingRow::missing).collect()
+    }
+
+    async fn document_found(&self, document: &DocumentId) -> Result<(), StorageError> {
+        let query = sqlx::query(schema::REMOVE_MISSING_DOCUMENT).bind(document.as_bytes());
+        self.execute(query).await.map(drop)
     }
 
     async fn note_acknowledgements(&self, news: &[Acknowledgement]) -> Result<(), StorageError> {
@@ -339,6 +354,27 @@ impl Storage for PostgresStorage {
     async fn acknowledgements(&self) -> Result<Vec<Acknowledgement>, StorageError> {
         let rows = self.fetch_all(CALL_TIMEOUT, sqlx::query_as(schema::READ_ACKNOWLEDGEMENTS)).await?;
         rows.into_iter().map(AcknowledgementRow::acknowledgement).collect()
+    }
+
+    async fn note_member(&self, member: &Member) -> Result<(), StorageError> {
+        let query = sqlx::query(schema::NOTE_MEMBER)
+            .bind(member.region.as_str())
+            .bind(clamped(member.linked_at_ms))
+            .bind(member.needs_snapshot);
+        self.execute(query).await.map(drop)
+    }
+
+    async fn members(&self) -> Result<Vec<Member>, StorageError> {
+        let rows = self.fetch_all(CALL_TIMEOUT, sqlx::query_as(schema::READ_MEMBERS)).await?;
+        rows.into_iter().map(MemberRow::member).collect()
+    }
+
+    async fn forget_member(&self, region: &RegionName) -> Result<bool, StorageError> {
+        let mut lease = self.readers.lease().await?;
+        let work = origins::forget_member(&mut lease.connection, region);
+        let was_known = self.readers.finish(CALL_TIMEOUT, work).await?;
+        lease.give_back();
+        Ok(was_known)
     }
 
     async fn list_documents(

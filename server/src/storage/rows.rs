@@ -2,6 +2,7 @@
 
 use bytes::Bytes;
 use isobar_protocol::ids::{DocumentId, Incarnation, OriginId, PlacementGroup, RegionName, Seq};
+use isobar_protocol::link::MissingDocument;
 use isobar_protocol::link::handshake::NodeId;
 use isobar_protocol::log::Chain;
 use sqlx::FromRow;
@@ -11,8 +12,8 @@ use super::bundle::Tail;
 use super::failure::{intact, unsigned};
 use super::log_run::{FoundCounter, gather};
 use super::{
-    Acknowledgement, ClaimedOrigin, DocumentState, ListedDocument, StorageError, StoredBase, StoredDocument,
-    StoredOrigin, StoredRun,
+    Acknowledgement, ClaimedOrigin, DocumentState, ListedDocument, Member, StorageError, StoredBase,
+    StoredDocument, StoredOrigin, StoredRun,
 };
 
 const STATE_LIVE: i32 = 0;
@@ -276,6 +277,40 @@ impl AcknowledgementRow {
             region: intact(RegionName::new(&self.region))?,
             origin: origin_id(&self.origin)?,
             seq: Seq(unsigned(self.seq)?),
+        })
+    }
+}
+
+/// Of [`super::schema::READ_MISSING_DOCUMENTS`].
+#[derive(FromRow)]
+pub(super) struct MissingRow {
+    document_id: Vec<u8>,
+    placement_group: String,
+}
+
+impl MissingRow {
+    pub fn missing(self) -> Result<MissingDocument, StorageError> {
+        Ok(MissingDocument {
+            document: intact(DocumentId::from_slice(&self.document_id))?,
+            group: intact(PlacementGroup::new(&self.placement_group))?,
+        })
+    }
+}
+
+/// Of [`super::schema::READ_MEMBERS`].
+#[derive(FromRow)]
+pub(super) struct MemberRow {
+    region: String,
+    linked_at: i64,
+    needs_snapshot: bool,
+}
+
+impl MemberRow {
+    pub fn member(self) -> Result<Member, StorageError> {
+        Ok(Member {
+            region: intact(RegionName::new(&self.region))?,
+            linked_at_ms: unsigned(self.linked_at)?,
+            needs_snapshot: self.needs_snapshot,
         })
     }
 }

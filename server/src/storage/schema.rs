@@ -185,6 +185,27 @@ pub(super) const NOTE_ACKNOWLEDGEMENT: &str = "\
 pub(super) const READ_ACKNOWLEDGEMENTS: &str =
     "SELECT region, origin, seq FROM acknowledgements ORDER BY region, origin";
 
+/// What a snapshot lacked.
+pub(super) const PUT_MISSING_DOCUMENT: &str = "\
+    INSERT INTO missing_documents (document_id, placement_group) VALUES ($1, $2) \
+    ON CONFLICT (document_id) DO NOTHING";
+
+pub(super) const READ_MISSING_DOCUMENTS: &str =
+    "SELECT document_id, placement_group FROM missing_documents ORDER BY document_id";
+
+pub(super) const REMOVE_MISSING_DOCUMENT: &str = "DELETE FROM missing_documents WHERE document_id = $1";
+
+pub(super) const NOTE_MEMBER: &str = "\
+    INSERT INTO members (region, linked_at, needs_snapshot) VALUES ($1, $2, $3) \
+    ON CONFLICT (region) DO UPDATE SET needs_snapshot = excluded.needs_snapshot, linked_at = \
+        CASE WHEN members.linked_at < excluded.linked_at THEN excluded.linked_at ELSE members.linked_at END";
+
+pub(super) const READ_MEMBERS: &str = "SELECT region, linked_at, needs_snapshot FROM members ORDER BY region";
+
+pub(super) const REMOVE_ACKNOWLEDGEMENTS: &str = "DELETE FROM acknowledgements WHERE region = $1";
+
+pub(super) const REMOVE_MEMBER: &str = "DELETE FROM members WHERE region = $1";
+
 /// Documents and changes; a change that stands in two bundles counts twice.
 pub(super) const COUNT_ROWS: &str = "\
     SELECT (SELECT count(*) FROM documents), (SELECT coalesce(sum(length(hashes) / 32), 0) FROM changes)";

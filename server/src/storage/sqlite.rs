@@ -22,6 +22,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use isobar_protocol::config::LINK_LINEAGE_MAX;
 use isobar_protocol::ids::{ChangeHash, DocumentId, OriginId, PlacementGroup, RegionName, Seq, StorageId};
+use isobar_protocol::link::MissingDocument;
 use isobar_protocol::link::handshake::NodeId;
 use sqlx::error::DatabaseError;
 use sqlx::sqlite::SqliteConnection;
@@ -33,13 +34,13 @@ use super::clock::{before_now_ms, now_ms};
 use super::failure::{clamped, classify, intact, signed, unsigned};
 use super::log_run::{FoundCounter, check, judge_refused};
 use super::rows::{
-    AcknowledgementRow, ContentsRow, CounterRow, ListedRow, OriginRow, loaded_document, node_id, read_runs,
-    state_columns,
+    AcknowledgementRow, ContentsRow, CounterRow, ListedRow, MemberRow, MissingRow, OriginRow,
+    loaded_document, node_id, read_runs, state_columns,
 };
 use super::{
-    Acknowledgement, Batch, ClaimedOrigin, DocumentState, ListedDocument, NewBase, RunAppend, Storage,
-    StorageError, StorageStatistics, StoredChange, StoredDocument, StoredOrigin, StoredRun, new_storage_id,
-    schema,
+    Acknowledgement, Batch, ClaimedOrigin, DocumentState, ListedDocument, Member, NewBase, RunAppend,
+    Storage, StorageError, StorageStatistics, StoredChange, StoredDocument, StoredOrigin, StoredRun,
+    new_storage_id, schema,
 };
 
 /// A SQLite database that is open.
@@ -327,9 +328,28 @@ impl Storage for SqliteStorage {
         Ok(())
     }
 
-    async fn adopt_origins(&self, origins: &[StoredOrigin]) -> Result<(), StorageError> {
+    async fn adopt_origins(
+        &self,
+        origins: &[StoredOrigin],
+        missing: &[MissingDocument],
+    ) -> Result<(), StorageError> {
         let mut writer = self.writer().await?;
-        origins::adopt(&mut writer, origins).await.map_err(failed)
+        origins::adopt(&mut writer, origins, missing).await.map_err(failed)
+    }
+
+    async fn missing_documents(&self) -> Result<Vec<MissingDocument>, StorageError> {
+        let rows: Vec<MissingRow> =
+            sqlx::query_as(schema::READ_MISSING_DOCUMENTS).fetch_all(&self.readers).await.map_err(failed)?;
+        rows.into_iter().map(MissingRow::missing).collect()
+    }
+
+    async fn document_found(&self, document: &DocumentId) -> Result<(), StorageError> {
+        sqlx::query(schema::REMOVE_MISSING_DOCUMENT)
+            .bind(document.as_bytes())
+            .execute(&mut *self.writer().await?)
+            .await
+            .map_err(failed)?;
+        Ok(())
     }
 
     async fn note_acknowledgements(&self, news: &[Acknowledgement]) -> Result<(), StorageError> {
@@ -341,6 +361,28 @@ impl Storage for SqliteStorage {
         let rows: Vec<AcknowledgementRow> =
             sqlx::query_as(schema::READ_ACKNOWLEDGEMENTS).fetch_all(&self.readers).await.map_err(failed)?;
         rows.into_iter().map(AcknowledgementRow::acknowledgement).collect()
+    }
+
+    async fn note_member(&self, member: &Member) -> Result<(), StorageError> {
+        sqlx::query(schema::NOTE_MEMBER)
+            .bind(member.region.as_str())
+            .bind(clamped(member.linked_at_ms))
+            .bind(member.needs_snapshot)
+            .execute(&mut *self.writer().await?)
+            .await
+            .map_err(failed)?;
+        Ok(())
+    }
+
+    async fn members(&self) -> Result<Vec<Member>, StorageError> {
+        let rows: Vec<MemberRow> =
+            sqlx::query_as(schema::READ_MEMBERS).fetch_all(&self.readers).await.map_err(failed)?;
+        rows.into_iter().map(MemberRow::member).collect()
+    }
+
+    async fn forget_member(&self, region: &RegionName) -> Result<bool, StorageError> {
+        let mut writer = self.writer().await?;
+        origins::forget_member(&mut writer, region).await.map_err(failed)
     }
 
     async fn list_documents(

@@ -17,10 +17,10 @@
 //! # Running it
 //!
 //! The tests have fixed seeds and a load of some seconds. `CAMPAIGN_SECONDS` makes it longer (a round of all faults takes 16),
-//! `CAMPAIGN_SEED` chooses another plan:
+//! `CAMPAIGN_SEED` chooses another plan. `cargo xtask campaign` sets them:
 //!
 //! ```text
-//! CAMPAIGN_SECONDS=600 CAMPAIGN_SEED=7 cargo test -p isobar --test campaign -- --nocapture sqlite
+//! cargo xtask campaign --seconds 600 --seed 7 --database sqlite
 //! ```
 //!
 //! A failure prints the seed and the plan. The plan is the same for the same seed; what the processes do meanwhile is

@@ -359,6 +359,8 @@ fn what_is_said_of_the_cluster_is_checked() {
         ("peers = [\"http://us.example:4401\"]\n", "dns://NAME:PORT"),
         ("peers = [\"ws://us.example\"]\n", "port"),
         ("log_keep_hours = -1\n", "log_keep_hours"),
+        ("log_truncate_seconds = 0\n", "log_truncate_seconds"),
+        ("peer_silence_hours = 0\n", "peer_silence_hours"),
         ("peer_rate_limit = 65535\n", "peer_rate_limit is below 65536"),
         ("peer_rate_limit = 0\n", "peer_rate_limit"),
         ("peer_tls_cert = \"cert.pem\"\n", "but not peer_tls_key"),
@@ -388,7 +390,7 @@ fn a_file_says_which_regions_hold_what() {
     let settings = Settings::load(&ServeArgs { config: Some(file), ..Default::default() }).unwrap();
     let groups = settings.groups.of(&settings.region_name().unwrap());
     assert_eq!(groups.iter().map(|group| group.as_str()).collect::<Vec<_>>(), ["EU-only", "default"]);
-    assert_eq!(settings.log_keep().as_secs(), 48 * 3600);
+    assert_eq!(settings.keep().entries.as_secs(), 48 * 3600);
     assert_eq!(settings.advertise.as_deref(), Some("wss://paris.example/sync"));
     assert_eq!(settings.peer_listener(), None);
     // What is not set is as it is without a file.

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that meets an error shall fail")]
 
 mod bounds;
+mod catch_up;
 mod clones;
 mod compaction;
 mod configuration;

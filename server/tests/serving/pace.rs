@@ -70,10 +70,16 @@ async fn under_a_limit_a_live_edit_passes_a_backlog_and_everything_arrives() {
     writer.write(&live, |doc| put(doc, "edits", 2)).await;
     reader.fetch(&live).await;
     reader.until("the edit comes", |it| number(&it.open(&live).doc, "edits") == Some(2)).await;
+    let lag_bytes = "isobar_link_lag_bytes{region=\"virginia\"}";
+    eventually("it is seen how many bytes the other region lacks", async || {
+        frankfurt.metric(lag_bytes).await > 100_000.0
+    })
+    .await;
     let so_far = stored(&virginia, &frankfurt).await;
     assert!(so_far < Seq(BACKLOG), "the edit came behind the whole backlog");
 
     eventually("the backlog arrives", async || stored(&virginia, &frankfurt).await == Seq(BACKLOG)).await;
+    eventually("the other region lacks nothing", async || frankfurt.metric(lag_bytes).await == 0.0).await;
     reader.fetch(&long).await;
     let heads = author.open(&long).heads();
     reader.until("the long document is the same", |it| it.open(&long).heads() == heads).await;

@@ -113,8 +113,8 @@ async fn edits_reach_the_clients_of_both(database: Shared) {
     one.write(&document, |doc| put(doc, "last", 1)).await;
     sees(&mut two, &document, "last", 1).await;
     assert!(right.parts.documents.resident(&cold).is_none(), "nobody needs it in memory there");
-    assert_eq!(left.metric("isobar_quarantines_total").await, 0.0);
-    assert_eq!(right.metric("isobar_quarantines_total").await, 0.0);
+    assert_eq!(left.metric("isobar_documents_quarantined_total").await, 0.0);
+    assert_eq!(right.metric("isobar_documents_quarantined_total").await, 0.0);
 
     // Each change stands in one log: following is not writing.
     let storage = database.open().await;
@@ -232,7 +232,7 @@ async fn a_base_that_a_sibling_makes_is_not_noticed_by_those_who_have_the_docume
     sees(&mut reader, &document, "away", 1).await;
     sees(&mut late, &document, "away", 1).await;
     for node in [&left, &right] {
-        assert_eq!(node.metric("isobar_quarantines_total").await, 0.0);
+        assert_eq!(node.metric("isobar_documents_quarantined_total").await, 0.0);
     }
 
     // What it stored itself made a base due. It found its own replaced, and took the sibling's.
@@ -260,7 +260,7 @@ async fn a_base_that_a_sibling_makes_is_not_noticed_by_those_who_have_the_docume
     last.fetch(&document).await;
     assert_eq!(heads(&mut last.open(&document).doc), heads(&mut author.open(&document).doc));
     for node in [&left, &right] {
-        assert_eq!(node.metric("isobar_quarantines_total").await, 0.0);
+        assert_eq!(node.metric("isobar_documents_quarantined_total").await, 0.0);
     }
     assert_eq!(right.metric("isobar_bases_made_total").await, 0.0);
 }
@@ -373,7 +373,7 @@ async fn links_go_to_the_node_that_is_left(database: Shared) {
     sees(&mut watching, &other, "edits", 1).await;
     for node in [&right, &far] {
         assert_eq!(node.metric("isobar_origins_forked_total").await, 0.0);
-        assert_eq!(node.metric("isobar_quarantines_total").await, 0.0);
+        assert_eq!(node.metric("isobar_documents_quarantined_total").await, 0.0);
     }
 
     // One that comes back neither takes the links nor an origin that was used.

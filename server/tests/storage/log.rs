@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use isobar::storage::{Acknowledgement, StorageError, StoredOrigin};
+use isobar::storage::{Acknowledgement, Member, StorageError, StoredOrigin};
 use isobar_protocol::ids::{RegionName, Seq};
+use isobar_protocol::link::MissingDocument;
 
 use crate::fixture::*;
 
@@ -107,8 +108,8 @@ pub async fn clause_13_adopted_origins_go_forward_and_leave_their_logs_truncated
         chain: chain(seq),
         claimed: false,
     };
-    storage.adopt_origins(&[adopted(known, 10), adopted(unknown, 7)]).await.unwrap();
-    storage.adopt_origins(&[adopted(unknown, 6), adopted(known, 10)]).await.unwrap();
+    storage.adopt_origins(&[adopted(known, 10), adopted(unknown, 7)], &[]).await.unwrap();
+    storage.adopt_origins(&[adopted(unknown, 6), adopted(known, 10)], &[]).await.unwrap();
     let mut expected = vec![adopted(known, 10), adopted(unknown, 7)];
     expected.sort_by_key(|origin| origin.id);
     assert_eq!(storage.origins().await.unwrap(), expected);
@@ -157,4 +158,51 @@ pub async fn acknowledgements_go_forward_only(database: Database) {
     ];
     let database = database.crashed();
     assert_eq!(database.open().await.acknowledgements().await.unwrap(), expected);
+}
+
+pub async fn clause_13_what_a_snapshot_lacked_is_noted_until_it_is_found(database: Database) {
+    let storage = database.open().await;
+    assert_eq!(storage.missing_documents().await.unwrap(), []);
+    let missing = |number| MissingDocument { document: document(number), group: group() };
+    let adopted = StoredOrigin {
+        id: new_origin(),
+        region: elsewhere(),
+        group: group(),
+        seq: Seq(7),
+        chain: chain(7),
+        claimed: false,
+    };
+    storage.adopt_origins(&[adopted], &[missing(2), missing(1)]).await.unwrap();
+    // Also if the counters are there already.
+    storage.adopt_origins(&[], &[missing(3), missing(2)]).await.unwrap();
+    let database = database.crashed();
+    let storage = database.open().await;
+    assert_eq!(storage.missing_documents().await.unwrap(), [missing(1), missing(2), missing(3)]);
+    storage.document_found(&document(2)).await.unwrap();
+    storage.document_found(&document(9)).await.unwrap();
+    assert_eq!(storage.missing_documents().await.unwrap(), [missing(1), missing(3)]);
+}
+
+pub async fn clause_16_members_are_remembered_until_they_are_forgotten(database: Database) {
+    let storage = database.open().await;
+    assert_eq!(storage.members().await.unwrap(), []);
+    let member =
+        |region: RegionName, linked_at_ms, needs_snapshot| Member { region, linked_at_ms, needs_snapshot };
+    storage.note_member(&member(elsewhere(), 50, false)).await.unwrap();
+    storage.note_member(&member(region(), 60, true)).await.unwrap();
+    storage.note_member(&member(region(), 70, false)).await.unwrap();
+    // The moment does not go back; what a region needs is as was said last.
+    storage.note_member(&member(elsewhere(), 40, true)).await.unwrap();
+    let acknowledged = Acknowledgement { region: elsewhere(), origin: new_origin(), seq: Seq(4) };
+    storage.note_acknowledgements(&[acknowledged]).await.unwrap();
+    let mut expected = [member(elsewhere(), 50, true), member(region(), 70, false)];
+    expected.sort_by(|one, other| one.region.cmp(&other.region));
+    let database = database.crashed();
+    let storage = database.open().await;
+    assert_eq!(storage.members().await.unwrap(), expected);
+
+    assert!(storage.forget_member(&elsewhere()).await.unwrap());
+    assert!(!storage.forget_member(&elsewhere()).await.unwrap());
+    assert_eq!(storage.members().await.unwrap(), [member(region(), 70, false)]);
+    assert_eq!(storage.acknowledgements().await.unwrap(), []);
 }

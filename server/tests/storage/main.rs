@@ -79,10 +79,12 @@ contract! {
     regions::clause_5_two_nodes_that_store_the_same_logs_leave_no_hole_and_no_duplicate,
     log::clause_8_truncation_spares_what_is_young,
     log::clause_13_adopted_origins_go_forward_and_leave_their_logs_truncated,
+    log::clause_13_what_a_snapshot_lacked_is_noted_until_it_is_found,
+    log::clause_16_members_are_remembered_until_they_are_forgotten,
     log::acknowledgements_go_forward_only,
     opening::clause_9_nodes_that_open_at_once_all_succeed,
     opening::clause_10_the_storage_id_stays_and_another_region_is_refused,
-    opening::clause_16_nodes_are_registered_in_order_and_the_newest_are_remembered,
+    opening::clause_17_nodes_are_registered_in_order_and_the_newest_are_remembered,
     opening::statistics_count_documents_and_changes,
     opening::a_closed_storage_refuses_calls,
 }

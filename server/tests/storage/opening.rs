@@ -41,7 +41,7 @@ pub async fn clause_10_the_storage_id_stays_and_another_region_is_refused(databa
     assert_eq!(storage.region_identity(&region()).await.unwrap(), id);
 }
 
-pub async fn clause_16_nodes_are_registered_in_order_and_the_newest_are_remembered(database: Database) {
+pub async fn clause_17_nodes_are_registered_in_order_and_the_newest_are_remembered(database: Database) {
     let node = |number: usize| NodeId([number as u8; 16]);
     let storage = database.open().await;
     assert_eq!(storage.registered_nodes().await.unwrap(), []);

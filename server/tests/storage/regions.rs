@@ -100,7 +100,7 @@ pub async fn clause_4_entries_of_an_own_origin_that_come_back_fence_whoever_held
     let mut adopted =
         storage.origins().await.unwrap().into_iter().find(|origin| origin.id == new.id).unwrap();
     adopted.seq = Seq(5);
-    storage.adopt_origins(&[adopted]).await.unwrap();
+    storage.adopt_origins(&[adopted], &[]).await.unwrap();
     let refused = append_own(&*storage, &new, Seq(2), &[append(1, 8..9)]).await;
     assert!(matches!(refused, Err(StorageError::Fenced { .. })), "{refused:?}");
 }

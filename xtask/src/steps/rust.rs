@@ -55,3 +55,27 @@ pub fn trace(postgres: &mut SharedPostgres) -> Result<Outcome> {
 fn nextest_is_there() -> bool {
     Command::new("cargo").args(["nextest", "--version"]).succeeds()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the tests plant in the core may be in no server, whatever else is built beside it.
+    #[test]
+    fn nothing_that_is_planted_is_in_the_server() {
+        let features = |edges: &str| {
+            Command::new("cargo")
+                .args(["tree", "--locked", "--package", "isobar", "--package", "isobar-bench"])
+                .args(["--edges", edges, "--format", "{p} [{f}]", "--prefix", "none"])
+                .read()
+                .expect("cargo tree lists the packages")
+        };
+        let core = |tree: &str| -> Vec<String> {
+            let lines = tree.lines().filter(|line| line.starts_with("isobar-protocol "));
+            lines.map(str::to_owned).collect()
+        };
+        let built = core(&features("normal,build"));
+        assert!(!built.is_empty(), "the server is built on the core");
+        assert!(built.iter().all(|line| !line.contains("planted")), "{built:?}");
+    }
+}

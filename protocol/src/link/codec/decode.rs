@@ -9,13 +9,16 @@ use super::{
     STANDING_HERE, kind,
 };
 use crate::config::{
-    CLIENT_URL_BYTES_MAX, ELSEWHERE_URLS_MAX, INTEREST_DOCUMENTS_MAX, LINK_FRAME_BYTES_MAX, LINK_ORIGINS_MAX,
+    CLIENT_URL_BYTES_MAX, ELSEWHERE_URLS_MAX, INTEREST_DOCUMENTS_MAX, LINK_ORIGINS_MAX,
     LINK_REASON_BYTES_MAX, PEER_ID_BYTES_MAX, PRESENCE_DATA_BYTES_MAX, RECEIPT_HEADS_MAX, SCRUB_BUCKETS,
-    SCRUB_DOCUMENTS_ASKED_MAX, SCRUB_DOCUMENTS_MAX, SCRUB_PREFIX_BYTES_MAX, SNAPSHOT_PAGE_DOCUMENTS_MAX,
+    SCRUB_DOCUMENTS_ASKED_MAX, SCRUB_DOCUMENTS_MAX, SCRUB_PREFIX_BYTES_MAX, SNAPSHOT_MISSING_MAX,
+    SNAPSHOT_PAGE_DOCUMENTS_MAX,
 };
 use crate::ids::{ChangeHash, DocumentId, OriginId, Seq};
 use crate::leb128::ReadError;
-use crate::link::{BaseContents, DocumentContents, Fingerprints, LinkFrame, Progress, Standing};
+use crate::link::{
+    BaseContents, DocumentContents, Fingerprints, LinkFrame, MissingDocument, Progress, Standing,
+};
 
 /// An id of one byte behind its length.
 const DOCUMENT_BYTES_MIN: usize = 2;
@@ -26,9 +29,9 @@ const PROGRESS_BYTES_MIN: usize = 16 + 2 + 2 + 1 + 16;
 /// Id, group, form, and an empty list or a short number.
 const CONTENTS_BYTES_MIN: usize = DOCUMENT_BYTES_MIN + 2 + 1 + 1;
 
-pub(super) fn decode(frame: &Bytes) -> Result<LinkFrame, LinkFrameError> {
-    if frame.len() > LINK_FRAME_BYTES_MAX {
-        return Err(LinkFrameError::TooLong { bytes: frame.len(), bytes_max: LINK_FRAME_BYTES_MAX });
+pub(super) fn decode(frame: &Bytes, bytes_max: usize) -> Result<LinkFrame, LinkFrameError> {
+    if frame.len() > bytes_max {
+        return Err(LinkFrameError::TooLong { bytes: frame.len(), bytes_max });
     }
     let mut fields = Fields::new(frame);
     let kind = fields.byte("frame type")?;
@@ -99,6 +102,14 @@ fn read(kind: u8, fields: &mut Fields<'_>) -> Result<Option<LinkFrame>, ReadErro
                 .list("heads", 32, RECEIPT_HEADS_MAX, |fields| fields.array("head").map(ChangeHash))?,
         },
         kind::HEADS_ANSWER => LinkFrame::HeadsAnswer { request: request(fields)?, has: truth(fields)? },
+        kind::PART => LinkFrame::Part {
+            transfer: fields.unsigned("transfer")?,
+            left: fields.unsigned("bytes left")?,
+            bytes: fields.bytes("part")?,
+        },
+        kind::MISSING => LinkFrame::Missing {
+            documents: fields.list("missing", DOCUMENT_BYTES_MIN + 2, SNAPSHOT_MISSING_MAX, missing)?,
+        },
         kind::FAILED => {
             LinkFrame::Failed { message: fields.text("reason", LINK_REASON_BYTES_MAX)?.to_owned() }
         }
@@ -168,6 +179,10 @@ fn standing(fields: &mut Fields<'_>) -> Result<Standing, ReadError> {
         }
         _ => Err(malformed),
     }
+}
+
+fn missing(fields: &mut Fields<'_>) -> Result<MissingDocument, ReadError> {
+    Ok(MissingDocument { document: fields.document()?, group: fields.group()? })
 }
 
 fn contents(fields: &mut Fields<'_>) -> Result<DocumentContents, ReadError> {

@@ -105,6 +105,18 @@ pub(super) fn encode(frame: &LinkFrame) -> Vec<u8> {
             put_number(out, kind::HEADS_ANSWER, *request);
             out.push(u8::from(*has));
         }
+        LinkFrame::Part { transfer, left, bytes } => {
+            put_number(out, kind::PART, *transfer);
+            write_unsigned(out, *left);
+            put_bytes(out, bytes);
+        }
+        LinkFrame::Missing { documents } => {
+            out.push(kind::MISSING);
+            put_list(out, documents, |out, missing| {
+                put_document(out, &missing.document);
+                put_bytes(out, missing.group.as_str().as_bytes());
+            });
+        }
         LinkFrame::Failed { message } => {
             out.push(kind::FAILED);
             put_bytes(out, &message.as_bytes()[..message.floor_char_boundary(LINK_REASON_BYTES_MAX)]);
@@ -117,6 +129,7 @@ pub(super) fn encode(frame: &LinkFrame) -> Vec<u8> {
 fn payload_bytes(frame: &LinkFrame) -> usize {
     match frame {
         LinkFrame::Entries { body, .. } => body.len(),
+        LinkFrame::Part { bytes, .. } => bytes.len(),
         LinkFrame::Presence { data, .. } => data.len(),
         LinkFrame::SnapshotPage { documents, .. } => documents.iter().map(contents_bytes).sum(),
         LinkFrame::DocumentAnswer { contents: Some(contents), .. } => contents_bytes(contents),

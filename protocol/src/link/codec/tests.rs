@@ -7,11 +7,11 @@ use super::*;
 use crate::config::{
     DOCUMENT_ID_BYTES_MAX, INTEREST_DOCUMENTS_MAX, LINK_FRAME_BYTES_MAX, LINK_ORIGINS_MAX,
     LINK_REASON_BYTES_MAX, PRESENCE_DATA_BYTES_MAX, SCRUB_BUCKETS, SCRUB_DOCUMENTS_MAX,
-    SCRUB_PREFIX_BYTES_MAX, SNAPSHOT_PAGE_DOCUMENTS_MAX,
+    SCRUB_PREFIX_BYTES_MAX, SNAPSHOT_MISSING_MAX, SNAPSHOT_PAGE_DOCUMENTS_MAX,
 };
 use crate::ids::{ChangeHash, DocumentId, OriginId, PlacementGroup, RegionName, Seq};
 use crate::leb128::ReadProblem;
-use crate::link::{BaseContents, DocumentContents, Fingerprints, Progress, Standing};
+use crate::link::{BaseContents, DocumentContents, Fingerprints, MissingDocument, Progress, Standing};
 use crate::log::Chain;
 
 fn document() -> impl Strategy<Value = DocumentId> {
@@ -89,6 +89,18 @@ fn frame_of_the_log() -> impl Strategy<Value = LinkFrame> {
         option::of(document()).prop_map(|after| LinkFrame::SnapshotRequest { after }),
         (vec(progress(), 0..4), vec(contents(), 0..4), option::of(document()))
             .prop_map(|(vector, documents, next)| LinkFrame::SnapshotPage { vector, documents, next }),
+        vec((document(), "[a-z]{1,20}"), 0..5).prop_map(|documents| {
+            let missing = |(document, group): (DocumentId, String)| MissingDocument {
+                document,
+                group: PlacementGroup::new(&group).unwrap(),
+            };
+            LinkFrame::Missing { documents: documents.into_iter().map(missing).collect() }
+        }),
+        (any::<u64>(), any::<u64>(), payload()).prop_map(|(transfer, left, bytes)| LinkFrame::Part {
+            transfer,
+            left,
+            bytes
+        }),
         any::<u64>().prop_map(|sent_ms| LinkFrame::Ping { sent_ms }),
         any::<u64>().prop_map(|sent_ms| LinkFrame::Pong { sent_ms }),
     ]
@@ -184,7 +196,7 @@ proptest! {
     }
 
     #[test]
-    fn noise_is_refused_or_is_a_frame_with_one_encoding(kind in 0..24_u8, noise in vec(any::<u8>(), 0..400)) {
+    fn noise_is_refused_or_is_a_frame_with_one_encoding(kind in 0..48_u8, noise in vec(any::<u8>(), 0..400)) {
         let bytes = [vec![kind], noise].concat();
         if let Ok(frame) = decoded(&bytes) {
             prop_assert!(bytes.starts_with(&encode(&frame)));
@@ -242,6 +254,7 @@ fn counts_beyond_their_limits_are_refused() {
         (&[kind::PRESENCE, 1, 9, 0, 0, 0], PRESENCE_DATA_BYTES_MAX, 1),
         (&[kind::SCRUB_REQUEST, 0], SCRUB_PREFIX_BYTES_MAX, 1),
         (&[kind::SCRUB_ANSWER, 0, FINGERPRINTS_DOCUMENTS], SCRUB_DOCUMENTS_MAX, 18),
+        (&[kind::MISSING], SNAPSHOT_MISSING_MAX, 4),
         (&[kind::FAILED], LINK_REASON_BYTES_MAX, 1),
     ];
     for (head, count_max, item_bytes) in counts {
@@ -274,7 +287,9 @@ fn a_count_that_the_frame_cannot_hold_is_refused_before_anything_is_allocated() 
 fn a_frame_beyond_the_limit_is_refused_unread() {
     let bytes = vec![kind::PING; LINK_FRAME_BYTES_MAX + 1];
     let refused = LinkFrameError::TooLong { bytes: bytes.len(), bytes_max: LINK_FRAME_BYTES_MAX };
-    assert_eq!(decode(bytes.into()), Err(refused));
+    let bytes = Bytes::from(bytes);
+    assert_eq!(decode(bytes.clone()), Err(refused));
+    assert!(decode_parted(bytes).is_ok(), "what comes in parts may be longer");
 }
 
 #[test]

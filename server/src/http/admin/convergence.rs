@@ -15,7 +15,7 @@ use serde::Serialize;
 use super::{Shared, problem};
 use crate::replication::{Checked, Divergence, Replication};
 
-/// Documents that are listed of each region.
+/// Documents that are listed, of each region and of those that are missing.
 const DOCUMENTS_MAX: usize = 100;
 
 /// How this region stands to another.
@@ -49,6 +49,9 @@ enum Standing {
         more: bool,
     },
     Unlinked,
+    /// It was away for so long that log entries are given up without it.
+    #[serde(rename = "needs-snapshot")]
+    NeedsSnapshot,
 }
 
 /// The last check with a region.
@@ -82,6 +85,8 @@ struct Convergence {
     vector: BTreeMap<String, u64>,
     regions: BTreeMap<String, Region>,
     forked_origins: Vec<String>,
+    /// Documents that lack some of what the vector claims, because a snapshot lacked them; the first of them.
+    missing_documents: Vec<String>,
     /// Whether a check is under way.
     checking: bool,
 }
@@ -133,6 +138,7 @@ pub(super) async fn show(State(shared): State<Shared>) -> Response {
         vector: BTreeMap::new(),
         regions: BTreeMap::new(),
         forked_origins: Vec::new(),
+        missing_documents: Vec::new(),
         checking: false,
     };
     if let Some(replication) = &node.replication {
@@ -141,13 +147,18 @@ pub(super) async fn show(State(shared): State<Shared>) -> Response {
         answer.checking = replication.is_checking();
         answer.vector = view.vector.iter().map(|it| (it.origin.0.to_string(), it.seq.0)).collect();
         answer.forked_origins = view.forked.iter().map(|it| it.0.to_string()).collect();
+        let missing = view.missing.iter().take(DOCUMENTS_MAX);
+        answer.missing_documents = missing.map(|it| it.to_string()).collect();
         let mut enter = |region: &RegionName, standing| {
             let last_check = checked.get(region).map(last_check);
             answer.regions.insert(region.to_string(), Region { standing, last_check });
         };
         // Who does not keep the links does not know who is linked.
         if replication.keeps_links() {
-            replication.members().iter().for_each(|region| enter(region, Standing::Unlinked));
+            for member in replication.members() {
+                let absent = if member.needs_snapshot { Standing::NeedsSnapshot } else { Standing::Unlinked };
+                enter(&member.region, absent);
+            }
         }
         view.links.iter().for_each(|link| enter(&link.region, standing(link, checked.get(&link.region))));
     }

@@ -162,9 +162,13 @@ impl Check<'_> {
         let Parts { documents, committer, .. } = self.parts;
         if difference != Difference::MissingThere
             && let Some(contents) = self.replication.fetch(self.link, document, &self.groups).await?
-            && let Err(error) = documents.mend(contents, committer).await
         {
-            tracing::error!(region = %self.region, %document, %error, "another region's document does not help");
+            match documents.mend(contents, committer).await {
+                Ok(_) => self.parts.exchange.stored(vec![document.clone()]),
+                Err(error) => {
+                    tracing::error!(region = %self.region, %document, %error, "another region's document does not help");
+                }
+            }
         }
         let ours = documents.inspect(document, false).await?;
         if ours.as_ref().and_then(|it| it.fingerprint(document)) == seen.theirs {

@@ -8,7 +8,8 @@ use isobar_protocol::replica::{Effect, LinkId, LogRead, LogSlice, ReceivedRun};
 use tokio::sync::oneshot;
 
 use super::Task;
-use crate::replication::{Event, snapshot};
+use crate::replication::Event;
+use crate::replication::snapshot::{self, Audience};
 use crate::storage::{StorageError, StoredRun};
 
 impl Task {
@@ -37,26 +38,25 @@ impl Task {
             }
             Effect::Append(run) => self.append(*run),
             Effect::ReadPage { link, after, groups } => {
-                let parts = self.parts.clone();
+                let Some(up) = self.links.get(&link) else { return };
+                let audience = Audience { groups, ..up.audience.clone() };
+                let (parts, outgoing) = (self.parts.clone(), up.outgoing.clone());
                 self.spawn(async move {
-                    let page = snapshot::read_page(&parts, after, &groups).await;
+                    outgoing.until_room().await;
+                    let page = snapshot::read_page(&parts, after, &audience).await;
                     Event::PageRead { link, page }
                 });
             }
             Effect::StorePage { documents } => {
+                let bytes = documents.iter().map(|it| it.bytes() as u64).sum();
+                self.parts.metrics.snapshot_documents.increment(documents.len() as u64);
+                self.parts.metrics.snapshot_bytes.increment(bytes);
                 let parts = self.parts.clone();
                 self.spawn(async move {
-                    snapshot::store_page(&parts, documents).await;
-                    Event::PageStored
+                    Event::PageStored { unusable: snapshot::store_page(&parts, documents).await }
                 });
             }
-            Effect::AdoptOrigins { origins } => {
-                let parts = self.parts.clone();
-                self.spawn(async move {
-                    snapshot::adopt(&parts, &origins).await;
-                    Event::Adopted { origins }
-                });
-            }
+            Effect::AdoptOrigins { origins, missing } => self.adopt(origins, missing),
             Effect::Acknowledged { region, origin, seq } => {
                 self.shared.acknowledged.lock().insert((region.clone(), origin), seq);
                 self.unnoted.insert((region, origin), seq);

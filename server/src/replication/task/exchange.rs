@@ -75,8 +75,14 @@ impl Exchange {
         }
     }
 
+    /// A number for a question that is not a search's.
+    pub(super) fn new_request(&mut self) -> u64 {
+        self.next_request += 1;
+        self.next_request
+    }
+
     /// Ends a search that nobody answered with the document.
-    fn give_up(&mut self, request: u64) {
+    pub(super) fn give_up(&mut self, request: u64) {
         if let Some(search) = self.searches.get(&request) {
             let outcome = search.outcome();
             self.settle(request, &outcome);
@@ -184,7 +190,8 @@ impl Task {
         let Some(up) = self.links.get(&link) else { return };
         let groups = up.peer.groups.clone();
         let (parts, shared) = (self.parts.clone(), self.shared.clone());
-        self.spawn(async move {
+        let refusal = LinkFrame::Found { request, standing: Standing::Absent };
+        let has_place = up.answers.answer(refusal, async move {
             let standing = match snapshot::standing(&parts, &document, &groups).await {
                 snapshot::Found::Standing(standing) => standing,
                 snapshot::Found::Outside(group) => {
@@ -195,8 +202,9 @@ impl Task {
                     Standing::Elsewhere { urls: urls.take(ELSEWHERE_URLS_MAX).collect() }
                 }
             };
-            Event::Reply { link, frame: LinkFrame::Found { request, standing } }
+            LinkFrame::Found { request, standing }
         });
+        self.parts.metrics.link_answers_refused.increment(u64::from(!has_place));
     }
 
     fn found(&mut self, link: LinkId, request: u64, standing: Standing) {
@@ -225,12 +233,14 @@ impl Task {
 
     fn answer_request(&self, link: LinkId, request: u64, document: DocumentId) {
         let Some(up) = self.links.get(&link) else { return };
-        let groups = up.peer.groups.clone();
+        let audience = up.audience.clone();
         let parts = self.parts.clone();
-        self.spawn(async move {
-            let contents = snapshot::contents(&parts, &document, &groups).await;
-            Event::Reply { link, frame: LinkFrame::DocumentAnswer { request, contents } }
+        let refusal = LinkFrame::DocumentAnswer { request, contents: None };
+        let has_place = up.answers.answer_document(refusal, async move {
+            let contents = snapshot::contents(&parts, &document, &audience).await;
+            LinkFrame::DocumentAnswer { request, contents }
         });
+        self.parts.metrics.link_answers_refused.increment(u64::from(!has_place));
     }
 
     fn fetched(
@@ -239,6 +249,9 @@ impl Task {
         request: u64,
         contents: Option<isobar_protocol::link::DocumentContents>,
     ) {
+        if self.wanted.is_asked(link, request) {
+            return self.wanted_answered(link, request, contents);
+        }
         let Some(search) = self.exchange.searches.get(&request) else { return };
         if search.fetching != Some(link) {
             return;
@@ -252,10 +265,9 @@ impl Task {
             return self.exchange.give_up(request);
         };
         let parts = self.parts.clone();
-        self.spawn(async move {
-            snapshot::store_page(&parts, vec![contents]).await;
-            Event::Fetched { request }
-        });
+        self.spawn(
+            async move { Event::Fetched { request, stored: snapshot::store(&parts, contents).await } },
+        );
     }
 
     /// Tells the other regions what sessions of this node and its siblings have opened, and what none has open any more; and the

@@ -10,7 +10,6 @@ use isobar_protocol::receipts::{Checkpoint, Effect, Observer, Subject, Target};
 use isobar_protocol::replica::LinkId;
 
 use super::Task;
-use crate::replication::Event;
 use crate::storage::StoredOrigin;
 
 /// Heads up to which somebody holds a document.
@@ -99,7 +98,8 @@ impl Task {
         let Some(up) = self.links.get(&link) else { return };
         let groups = up.peer.groups.clone();
         let documents = self.parts.documents.clone();
-        self.spawn(async move {
+        let refusal = LinkFrame::HeadsAnswer { request, has: false };
+        let has_place = up.answers.answer(refusal, async move {
             let held = documents.holds(&document, &heads).await;
             let has = held.unwrap_or_else(|error| {
                 tracing::warn!(%document, %error, "document not looked up");
@@ -108,8 +108,9 @@ impl Task {
             // Of what is not for it, a region does not learn that it is here.
             let group = documents.resident(&document).and_then(|it| it.settled_group());
             let has = has && group.is_some_and(|group| groups.contains(&group));
-            Event::Reply { link, frame: LinkFrame::HeadsAnswer { request, has } }
+            LinkFrame::HeadsAnswer { request, has }
         });
+        self.parts.metrics.link_answers_refused.increment(u64::from(!has_place));
     }
 
     pub(super) fn heads_answered(&mut self, link: LinkId, request: u64, has: bool) {

@@ -13,8 +13,7 @@ use isobar_protocol::replica::LinkId;
 use isobar_protocol::scrub::Cut;
 use tokio::sync::{Semaphore, oneshot};
 
-use super::Task;
-use crate::replication::Event;
+use super::{Task, Up};
 use crate::replication::scrub::{raise_stored, take_offered};
 
 /// Requests of other regions that are answered at once; what comes beyond is not answered, and asked again by the next
@@ -116,7 +115,11 @@ impl Task {
                 }
             }
             ScrubCall::Offer { link, contents } => {
-                self.send(link, LinkFrame::DocumentAnswer { request: OFFER, contents: Some(contents) });
+                // What does not fit through the link would end it.
+                let fits = |up: &Up| contents.bytes() <= up.audience.contents_bytes_max;
+                if self.links.get(&link).is_some_and(fits) {
+                    self.send(link, LinkFrame::DocumentAnswer { request: OFFER, contents: Some(contents) });
+                }
             }
         }
     }
@@ -226,10 +229,11 @@ impl Task {
 
     /// Answers when that is ready, unless there is nothing to say.
     fn spawn_reply(&self, link: LinkId, work: impl Future<Output = Option<LinkFrame>> + Send + 'static) {
-        let Some(events) = self.events.upgrade() else { return };
+        let Some(up) = self.links.get(&link) else { return };
+        let outgoing = up.outgoing.clone();
         tokio::spawn(async move {
             if let Some(frame) = work.await {
-                let _ = events.send(Event::Reply { link, frame }).await;
+                outgoing.push(frame);
             }
         });
     }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use isobar_protocol::ids::{PlacementGroup, RegionName};
+use isobar_protocol::link::MissingDocument;
 use isobar_protocol::log::Chain;
 use sqlx::Connection;
 use sqlx::postgres::PgConnection;
@@ -45,6 +46,7 @@ pub(super) async fn claim(
 pub(super) async fn adopt(
     connection: &mut PgConnection,
     origins: &[StoredOrigin],
+    missing: &[MissingDocument],
 ) -> Result<(), sqlx::Error> {
     let mut ordered: Vec<&StoredOrigin> = origins.iter().collect();
     ordered.sort_by_key(|origin| origin.id);
@@ -65,6 +67,13 @@ pub(super) async fn adopt(
                 .execute(&mut *transaction)
                 .await?;
         }
+    }
+    for lacking in missing {
+        sqlx::query(schema::PUT_MISSING_DOCUMENT)
+            .bind(lacking.document.as_bytes())
+            .bind(lacking.group.as_str())
+            .execute(&mut *transaction)
+            .await?;
     }
     transaction.commit().await
 }
@@ -93,4 +102,15 @@ pub(super) async fn note_acknowledgements(
         .execute(connection)
         .await
         .map(drop)
+}
+
+pub(super) async fn forget_member(
+    connection: &mut PgConnection,
+    region: &RegionName,
+) -> Result<bool, sqlx::Error> {
+    let mut transaction = connection.begin().await?;
+    sqlx::query(schema::REMOVE_ACKNOWLEDGEMENTS).bind(region.as_str()).execute(&mut *transaction).await?;
+    let removed = sqlx::query(schema::REMOVE_MEMBER).bind(region.as_str()).execute(&mut *transaction).await?;
+    transaction.commit().await?;
+    Ok(removed.rows_affected() > 0)
 }

@@ -1,6 +1,7 @@
 //! Origins and what other regions have of them.
 
 use isobar_protocol::ids::{PlacementGroup, RegionName};
+use isobar_protocol::link::MissingDocument;
 use isobar_protocol::log::Chain;
 use sqlx::Connection;
 use sqlx::sqlite::SqliteConnection;
@@ -47,6 +48,7 @@ pub(super) async fn claim(
 pub(super) async fn adopt(
     connection: &mut SqliteConnection,
     origins: &[StoredOrigin],
+    missing: &[MissingDocument],
 ) -> Result<(), sqlx::Error> {
     let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await?;
     for origin in origins {
@@ -66,6 +68,13 @@ pub(super) async fn adopt(
                 .await?;
         }
     }
+    for lacking in missing {
+        sqlx::query(schema::PUT_MISSING_DOCUMENT)
+            .bind(lacking.document.as_bytes())
+            .bind(lacking.group.as_str())
+            .execute(&mut *transaction)
+            .await?;
+    }
     transaction.commit().await
 }
 
@@ -83,4 +92,15 @@ pub(super) async fn note_acknowledgements(
             .await?;
     }
     transaction.commit().await
+}
+
+pub(super) async fn forget_member(
+    connection: &mut SqliteConnection,
+    region: &RegionName,
+) -> Result<bool, sqlx::Error> {
+    let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await?;
+    sqlx::query(schema::REMOVE_ACKNOWLEDGEMENTS).bind(region.as_str()).execute(&mut *transaction).await?;
+    let removed = sqlx::query(schema::REMOVE_MEMBER).bind(region.as_str()).execute(&mut *transaction).await?;
+    transaction.commit().await?;
+    Ok(removed.rows_affected() > 0)
 }

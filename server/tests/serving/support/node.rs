@@ -83,7 +83,7 @@ impl Node {
         ended
     }
 
-    /// The value of a metric, with its labels if it has any; 0 if it is not there.
+    /// The value of a metric. One with labels is 0 as long as that has not been counted.
     pub async fn metric(&self, name: &str) -> f64 {
         metric(self.admin, name).await
     }
@@ -98,14 +98,20 @@ pub async fn metric(admin: SocketAddr, name: &str) -> f64 {
     let (status, text) = get(admin, "/metrics").await;
     assert_eq!(status, 200);
     let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    assert!(line.is_some() || name.contains('{'), "there is no metric {name}");
     line.map_or(0.0, |value| value.parse().unwrap())
 }
 
 /// Asks for a page.
 pub async fn get(address: SocketAddr, path: &str) -> (u16, String) {
+    ask(address, "GET", path).await
+}
+
+/// Sends an HTTP request without a body.
+pub async fn ask(address: SocketAddr, method: &str, path: &str) -> (u16, String) {
     in_time("an HTTP answer", async {
         let mut stream = TcpStream::connect(address).await.unwrap();
-        let request = format!("GET {path} HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n");
+        let request = format!("{method} {path} HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n");
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.unwrap();

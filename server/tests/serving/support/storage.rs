@@ -9,10 +9,12 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use isobar::storage::memory::MemoryStorage;
 use isobar::storage::{
-    Acknowledgement, Batch, ClaimedOrigin, DocumentAppend, DocumentState, ListedDocument, NewBase, RunAppend,
-    Storage, StorageError, StorageStatistics, StoredChange, StoredDocument, StoredOrigin, StoredRun, Writer,
+    Acknowledgement, Batch, ClaimedOrigin, DocumentAppend, DocumentState, ListedDocument, Member, NewBase,
+    RunAppend, Storage, StorageError, StorageStatistics, StoredChange, StoredDocument, StoredOrigin,
+    StoredRun, Writer,
 };
 use isobar_protocol::ids::{ChangeHash, DocumentId, OriginId, PlacementGroup, RegionName, Seq, StorageId};
+use isobar_protocol::link::MissingDocument;
 use isobar_protocol::link::handshake::NodeId;
 use isobar_protocol::log::{Content, Entry, encode_run};
 use parking_lot::Mutex;
@@ -227,9 +229,38 @@ impl Storage for FaultyStorage {
         self.inner.truncate_log(origin, up_to, older_than).await
     }
 
-    async fn adopt_origins(&self, origins: &[StoredOrigin]) -> Result<(), StorageError> {
+    async fn adopt_origins(
+        &self,
+        origins: &[StoredOrigin],
+        missing: &[MissingDocument],
+    ) -> Result<(), StorageError> {
         self.alive()?;
-        self.inner.adopt_origins(origins).await
+        self.inner.adopt_origins(origins, missing).await
+    }
+
+    async fn missing_documents(&self) -> Result<Vec<MissingDocument>, StorageError> {
+        self.alive()?;
+        self.inner.missing_documents().await
+    }
+
+    async fn document_found(&self, document: &DocumentId) -> Result<(), StorageError> {
+        self.alive()?;
+        self.inner.document_found(document).await
+    }
+
+    async fn note_member(&self, member: &Member) -> Result<(), StorageError> {
+        self.alive()?;
+        self.inner.note_member(member).await
+    }
+
+    async fn members(&self) -> Result<Vec<Member>, StorageError> {
+        self.alive()?;
+        self.inner.members().await
+    }
+
+    async fn forget_member(&self, region: &RegionName) -> Result<bool, StorageError> {
+        self.alive()?;
+        self.inner.forget_member(region).await
     }
 
     async fn note_acknowledgements(&self, news: &[Acknowledgement]) -> Result<(), StorageError> {

@@ -1,0 +1,136 @@
+//! What happens in a world, each at its moment. Numbers of regions, connections and clients are their places in the world's lists;
+//! a life is the number of a node's start, so that what was meant for a node that died finds nobody.
+
+use std::cmp::Ordering;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use isobar_protocol::ids::{ChangeHash, DocumentId, OriginId, PlacementGroup, Seq};
+use isobar_protocol::link::Progress;
+use isobar_protocol::replica::LinkId;
+
+use crate::bases::NewBase;
+use crate::change_bytes::Made;
+use crate::commits::Batch;
+
+#[derive(Debug)]
+pub enum Event {
+    /// A node's timer; the second number is the node's life, here and below.
+    Tick(usize, u64),
+    Deliver {
+        connection: usize,
+        from: usize,
+    },
+    LinkUp {
+        connection: usize,
+        side: usize,
+    },
+    LinkDown {
+        connection: usize,
+        side: usize,
+    },
+    Dial(usize),
+    CommitDone(usize, u64),
+    /// The node goes on after a commit.
+    Committed(usize, u64),
+    /// A commit is done whose node has died.
+    LateCommit {
+        region: usize,
+        disk: u64,
+        batch: Box<Batch>,
+    },
+    /// A snapshot's vector is to be adopted; and is.
+    Adopt {
+        region: usize,
+        life: u64,
+        origins: Vec<Progress>,
+    },
+    Adopted {
+        region: usize,
+        life: u64,
+        origins: Vec<Progress>,
+    },
+    BaseMade {
+        region: usize,
+        life: u64,
+        document: DocumentId,
+        base: Box<NewBase>,
+    },
+    BaseInstalled {
+        region: usize,
+        life: u64,
+        document: DocumentId,
+        generation: u64,
+        load: u64,
+    },
+    Prune {
+        region: usize,
+        life: u64,
+        document: DocumentId,
+    },
+    LogRead {
+        region: usize,
+        life: u64,
+        link: LinkId,
+        origin: OriginId,
+        after: Seq,
+        bytes_max: usize,
+    },
+    PageRead {
+        region: usize,
+        life: u64,
+        link: LinkId,
+        after: Option<DocumentId>,
+        groups: BTreeSet<PlacementGroup>,
+    },
+    Turn(usize),
+    /// What a client sent arrives.
+    Offer {
+        client: usize,
+        region: usize,
+        life: u64,
+        document: DocumentId,
+        changes: Vec<Arc<Made>>,
+    },
+    /// A client hears that changes of its own are kept.
+    Acknowledged {
+        client: usize,
+        document: DocumentId,
+        changes: Vec<ChangeHash>,
+    },
+    Fault,
+    Heal {
+        pair: usize,
+        from: usize,
+    },
+    Start(usize),
+    Join,
+    /// A region leaves for good.
+    Leave(usize),
+    /// A comparison goes on, or begins.
+    Scrub,
+}
+
+#[derive(Debug)]
+pub struct Scheduled {
+    pub at: u64,
+    pub number: u64,
+    pub event: Event,
+}
+
+impl PartialEq for Scheduled {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other) == Ordering::Equal
+    }
+}
+impl Eq for Scheduled {}
+impl PartialOrd for Scheduled {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+impl Ord for Scheduled {
+    fn cmp(&self, other: &Self) -> Ordering {
+        (self.at, self.number).cmp(&(other.at, other.number))
+    }
+}
