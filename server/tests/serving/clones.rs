@@ -112,7 +112,7 @@ async fn of_two_copies_one_is_linked_and_the_other_brings_what_it_has_when_that_
     }
     for node in [&original, &scene.far] {
         assert_eq!(node.metric("isobar_origins_forked_total").await, 0.0);
-        assert_eq!(node.metric("isobar_quarantines_total").await, 0.0);
+        assert_eq!(node.metric("isobar_documents_quarantined_total").await, 0.0);
     }
 }
 
