@@ -23,6 +23,7 @@ fn identity(region: &str) -> Identity {
             groups: Default::default(),
             features: Default::default(),
             client_url: None,
+            lineage: Some(vec![NodeId([1; 16])]),
         },
     }
 }
