@@ -99,6 +99,7 @@ pub struct Metrics {
     pub log_truncations: Counter,
     pub log_entries_held: Gauge,
     pub links_refused: Counter,
+    pub links_superfluous: Counter,
     pub cloned_regions: Counter,
     pub siblings: Gauge,
     pub keeps_links: Gauge,
@@ -325,6 +326,8 @@ registered! {
         "Notices of other nodes of the region that could not be read.";
     cloned_regions: counter = "isobar_cloned_regions_total", "Links refused, here or by the other end, because a region was started on two databases.";
     links_refused: counter = "isobar_links_refused_total", "Links refused because the other end proved nothing or the wrong thing.";
+    links_superfluous: counter = "isobar_links_superfluous_total",
+        "Links given up at once because their regions were linked already.";
     link_bytes_sent: counter = "isobar_link_bytes_sent_total", "Bytes sent to other regions, compressed.";
     link_bytes_before_compression: counter = "isobar_link_bytes_before_compression_total",
         "The same before compression.";

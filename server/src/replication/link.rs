@@ -213,11 +213,18 @@ where
     let counted = metrics.link_sent(&peer.region);
     let (kept, is_kept) = oneshot::channel();
     let opened = Event::Opened { link, peer, lineage, dialled_here, outgoing: outgoing.clone(), kept };
-    replication.events.send(opened).await.map_err(|_| LinkError::Closed)?;
     let (sink, mut stream) = socket.split();
+    let first = match dialled_here {
+        true => None,
+        false => Some(first_message(&mut stream).await?),
+    };
+    replication.events.send(opened).await.map_err(|_| LinkError::Closed)?;
     match is_kept.await.unwrap_or(Verdict::Superfluous) {
         Verdict::Kept => {}
-        Verdict::Superfluous => return Err(LinkError::Superfluous),
+        Verdict::Superfluous => {
+            metrics.links_superfluous.increment(1);
+            return Err(LinkError::Superfluous);
+        }
         Verdict::Cloned => {
             outgoing.push(LinkFrame::Failed { message: CLONED.to_owned() });
             outgoing.close();
@@ -232,6 +239,7 @@ where
             return refused.unwrap_or(Ok(())).and(Err(LinkError::Cloned));
         }
     }
+    let stream = futures_util::stream::iter(first.map(Ok)).chain(stream);
     let ended = tokio::select! {
         ended = read(replication, metrics, link, &limits, stream) => ended,
         ended = write(metrics, &counted, &outgoing, pace, sink) => ended,
@@ -239,6 +247,15 @@ where
     };
     let _ = replication.events.send(Event::Closed { link }).await;
     ended
+}
+
+/// What a dialler says first. One that is linked to this region already says nothing and closes: until it speaks, a link that
+/// is up is left alone.
+async fn first_message(
+    stream: &mut (impl Stream<Item = Result<Message, tungstenite::Error>> + Unpin),
+) -> Result<Message, LinkError> {
+    let message = tokio::time::timeout(HANDSHAKE_PATIENCE, stream.next()).await;
+    Ok(message.map_err(|_| LinkError::TimedOut)?.ok_or(LinkError::Closed)??)
 }
 
 async fn read(

@@ -48,7 +48,8 @@ struct Up {
     lineage: Option<Vec<NodeId>>,
     /// Another node claims to be of the peer's region, and does not know the peer.
     doubt: Option<Doubt>,
-    /// Whether the region whose name comes first dialled it: of two links between the same regions that one stays.
+    dialled_here: bool,
+    /// Whether the region whose name comes first dialled it: of two links that were opened at once that one stays.
     dialled_by_first: bool,
     outgoing: Arc<Outgoing>,
     /// For whom documents are read that the peer asks for.
@@ -183,7 +184,9 @@ impl Task {
                 let contents_bytes_max = self.parts.frame_limits.contents_bytes_max(takes_parts);
                 let audience = Audience { groups: peer.groups.clone(), contents_bytes_max };
                 let answers = Answers::new(outgoing.clone());
-                let up = Up { peer, lineage, doubt: None, dialled_by_first, outgoing, audience, answers };
+                let doubt = None;
+                let up =
+                    Up { peer, lineage, doubt, dialled_here, dialled_by_first, outgoing, audience, answers };
                 let _ = kept.send(self.open(link, up));
             }
             Event::Closed { link } => self.closed(link),

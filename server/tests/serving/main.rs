@@ -8,6 +8,7 @@ mod clones;
 mod compaction;
 mod configuration;
 mod demo;
+mod dialling;
 #[path = "../../../protocol/tests/decoders/draft.rs"]
 #[allow(dead_code, reason = "the decoders' tests need more columns")]
 mod draft;

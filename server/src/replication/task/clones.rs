@@ -39,10 +39,13 @@ pub(super) struct Doubt {
 
 impl Task {
     /// Whether a link takes the place of the one that is up to the same region.
+    ///
+    /// Whoever dialled without knowing whom it would reach keeps what it has, and the other end never hears of the
+    /// second link. When both dialled at once, each sees its own before the other's.
     pub(super) fn judge(&mut self, previous: LinkId, newcomer: &Up) -> Verdict {
         let Some(linked) = self.links.get(&previous) else { return Verdict::Kept };
         if linked.peer.node == newcomer.peer.node {
-            let stays = linked.dialled_by_first && !newcomer.dialled_by_first;
+            let stays = newcomer.dialled_here || linked.dialled_by_first && !newcomer.dialled_by_first;
             return if stays { Verdict::Superfluous } else { Verdict::Kept };
         }
         let succeeds = newcomer.lineage.as_ref().is_none_or(|it| it.contains(&linked.peer.node));
