@@ -1,8 +1,7 @@
 //! A recorded editing session, edit by edit: 259,778 keystrokes of one person writing a paper.
 //!
-//! Each edit is a change of its own, as an editor makes it. A client that speaks the standard protocol pushes them
-//! through a running region in messages of 1 to 64; the server is killed; and an Automerge document that starts
-//! empty reads them back.
+//! Each edit is a change of its own, as an editor makes it. An Automerge document takes them one by one and syncs with a
+//! running region as it sees fit; the server is killed; and another Automerge document, which starts empty, reads them back.
 //!
 //! `ISOBAR_TRACE_DATA` names the folder that holds the recording, `automerge-paper.json.gz` of the public editing
 //! traces. Without it these tests say so and do nothing.
@@ -11,9 +10,10 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use automerge::sync::{self, BloomFilter, Have, MessageFlags, MessageVersion, SyncDoc};
-use automerge::{AutoCommit, ChangeHash, ROOT, ReadDoc};
-use futures_util::{SinkExt, StreamExt};
+use automerge::sync::{self, SyncDoc};
+use automerge::transaction::Transactable;
+use automerge::{AutoCommit, ChangeHash, ObjType, ROOT, ReadDoc};
+use futures_util::{FutureExt, SinkExt, StreamExt};
 use isobar_protocol::ids::{DocumentId, PeerId};
 use isobar_protocol::wire::{self, ClientFrame, PeerFrame, PeerMetadata};
 use tokio::net::TcpStream;
@@ -24,11 +24,9 @@ use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async_with_conf
 use crate::recording::{Recording, TEXT};
 use crate::region::{Kind, Region};
 
-/// Changes that may wait for their acknowledgement; about what an editor gathers in a minute without network.
-const UNACKNOWLEDGED_MAX: usize = 1_024;
-
-/// Messages bring 1, 2, … and at most this many changes, over and over.
-const MESSAGE_CHANGES_MAX: usize = 64;
+/// Stock clients gather what is typed for a moment before they sync. Without that they would be what is slow here: Automerge
+/// goes through all it has ever sent whenever it hears of the other side.
+const EDITS_PER_SYNC: usize = 400;
 
 /// No answer of the server takes longer, on a busy machine and in a debug build.
 const ANSWER_WITHIN: Duration = Duration::from_secs(60);
@@ -87,70 +85,71 @@ impl Client {
     }
 }
 
-/// Pushes changes that stand in a row, each depending on the one before.
-struct Writer<'a> {
+/// Types into a document of its own, and has Automerge decide what is sent when.
+struct Writer {
     client: Client,
-    changes: &'a [automerge::Change],
-    position_of: HashMap<ChangeHash, usize>,
-    sent: usize,
+    doc: AutoCommit,
+    state: sync::State,
+    /// Everything up to this change is acknowledged, by its number.
     acknowledged: usize,
+    number_of: HashMap<ChangeHash, usize>,
+    messages: usize,
 }
 
-impl Writer<'_> {
-    /// Sends everything and waits until all of it is acknowledged.
-    async fn push(&mut self) {
-        // Before anything is sent, both sides say what they have, as stock clients do.
-        self.client.send(false, self.message(0..0)).await;
-        self.take_answer().await;
-        let sizes = (1..=MESSAGE_CHANGES_MAX).cycle();
-        for size in sizes {
-            let next = self.sent..self.changes.len().min(self.sent + size);
-            if next.is_empty() {
-                break;
+impl Writer {
+    async fn join(region: &Region, document: &DocumentId) -> Self {
+        Self {
+            client: Client::join(region, "writer", document).await,
+            doc: AutoCommit::new(),
+            state: sync::State::new(),
+            acknowledged: 0,
+            number_of: HashMap::new(),
+            messages: 0,
+        }
+    }
+
+    /// Makes each edit a change, and returns when all of them are acknowledged.
+    async fn type_all(&mut self, recording: &Recording) {
+        let text = self.doc.put_object(ROOT, TEXT, ObjType::Text).unwrap();
+        self.commit();
+        for edits in recording.edits.chunks(EDITS_PER_SYNC) {
+            for edit in edits {
+                edit.apply_to(&mut self.doc, &text);
+                self.commit();
             }
-            let message = self.message(next.clone());
+            self.say().await;
+            while let Some(answer) = self.client.receive().now_or_never() {
+                self.take(answer);
+            }
+        }
+        while self.acknowledged < self.number_of.len() {
+            let answer = self.client.receive().await;
+            self.take(answer);
+            self.say().await;
+        }
+    }
+
+    fn commit(&mut self) {
+        let change = self.doc.commit().expect("each edit changes something");
+        let number = self.number_of.len() + 1;
+        assert_eq!(self.number_of.insert(change, number), None);
+    }
+
+    async fn say(&mut self) {
+        if let Some(message) = self.doc.sync().generate_sync_message(&mut self.state) {
+            self.messages += 1;
             self.client.send(false, message).await;
-            self.sent = next.end;
-            while self.sent - self.acknowledged > UNACKNOWLEDGED_MAX {
-                self.take_answer().await;
-            }
-        }
-        while self.acknowledged < self.changes.len() {
-            self.take_answer().await;
         }
     }
 
-    async fn take_answer(&mut self) {
-        let answer = self.client.receive().await;
+    fn take(&mut self, answer: sync::Message) {
         assert!(answer.changes.is_empty(), "the only writer lacks nothing");
-        for head in answer.heads {
-            let position = *self.position_of.get(&head).expect("the server has only what was sent");
-            assert!(position < self.sent, "a change is acknowledged that was not sent yet");
-            assert!(position >= self.acknowledged.saturating_sub(1), "acknowledged heads never go back");
-            self.acknowledged = position + 1;
+        for head in &answer.heads {
+            let number = *self.number_of.get(head).expect("the server has only what was sent");
+            assert!(number >= self.acknowledged, "acknowledged heads never go back");
+            self.acknowledged = number;
         }
-    }
-
-    /// What an automerge document with the changes up to the end of `changes` says, bringing these.
-    fn message(&self, changes: std::ops::Range<usize>) -> sync::Message {
-        let had = changes.end.max(1);
-        let last_sync = self.acknowledged.checked_sub(1).map(|at| self.changes[at].hash());
-        let unacknowledged = self.changes[self.acknowledged..had].iter();
-        sync::Message {
-            heads: vec![self.changes[had - 1].hash()],
-            need: Vec::new(),
-            have: vec![Have {
-                last_sync: last_sync.into_iter().collect(),
-                bloom: BloomFilter::from_hashes(unacknowledged.map(automerge::Change::hash)),
-            }],
-            changes: self.changes[changes]
-                .iter()
-                .map(|it| it.raw_bytes().to_vec())
-                .collect::<Vec<_>>()
-                .into(),
-            flags: Some(MessageFlags::new()),
-            version: MessageVersion::V1,
-        }
+        self.doc.sync().receive_sync_message(&mut self.state, answer).unwrap();
     }
 }
 
@@ -177,42 +176,29 @@ fn mebibytes(bytes: u64) -> f64 {
 
 async fn the_recorded_session_survives_byte_for_byte(kind: Kind) {
     let Some(recording) = recording() else { return };
-    let begun = Instant::now();
-    let changes = recording.changes();
-    let made = begun.elapsed();
-
     let mut region = Region::start(kind).await;
     let document = DocumentId::from_slice(uuid::Uuid::new_v4().as_bytes()).unwrap();
-    let mut writer = Writer {
-        client: Client::join(&region, "writer", &document).await,
-        changes: &changes,
-        position_of: changes.iter().enumerate().map(|(at, change)| (change.hash(), at)).collect(),
-        sent: 0,
-        acknowledged: 0,
-    };
+    let mut writer = Writer::join(&region, &document).await;
     let begun = Instant::now();
-    writer.push().await;
-    let pushed = begun.elapsed();
-    drop(writer);
+    writer.type_all(&recording).await;
+    let typed = begun.elapsed();
     let written = region.resident_bytes();
 
     // Everything was acknowledged, so a crash at this moment loses nothing.
+    let Writer { mut doc, messages, .. } = writer;
     region.crash();
-    let head = changes.last().expect("there are changes").hash();
     let begun = Instant::now();
-    let mut copy = read_cold(&region, &document, head).await;
+    let mut copy = read_cold(&region, &document, doc.get_heads()[0]).await;
     let read = begun.elapsed();
     let (_, text) = copy.get(ROOT, TEXT).unwrap().expect("the document has a text");
     assert!(copy.text(&text).unwrap() == recording.text, "the text differs from the recording's");
-    assert_eq!(copy.get_changes_meta(&[]).len(), changes.len());
+    let changes = copy.get_changes_meta(&[]).len();
+    assert_eq!(changes, recording.edits.len() + 1);
 
-    let bytes: usize = changes.iter().map(|change| change.raw_bytes().len()).sum();
     println!(
-        "{kind:?}: {} changes of {:.1} MiB made in {made:.1?}, pushed in {pushed:.1?} ({:.0} changes/s), \
+        "{kind:?}: {changes} changes typed in {typed:.1?} ({:.0} a second) and sent in {messages} messages, \
          read cold in {read:.1?}, stored in {:.1} MiB",
-        changes.len(),
-        mebibytes(bytes as u64),
-        changes.len() as f64 / pushed.as_secs_f64(),
+        changes as f64 / typed.as_secs_f64(),
         mebibytes(region.database.stored_bytes().await),
     );
     for (when, memory) in [("after the writing", written), ("after the reading", region.resident_bytes())] {
