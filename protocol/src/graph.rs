@@ -98,6 +98,8 @@ pub struct Graph {
     /// Steps spent on checking what changes descend from.
     steps_spent: u64,
     pending: Pending,
+    /// Changes that waited, and broke a rule when the last one that was offered completed them.
+    dropped: Vec<(ChangeHash, Refusal)>,
 }
 
 impl Graph {
@@ -339,6 +341,11 @@ impl Graph {
             Lookup::At(position) => Some(position),
             Lookup::Absent | Lookup::AskIndex => None,
         }
+    }
+
+    /// The changes that waited until the last call of [`Graph::ingest`], and were refused in it.
+    pub fn dropped(&self) -> &[(ChangeHash, Refusal)] {
+        &self.dropped
     }
 
     pub fn is_pending(&self, hash: &ChangeHash) -> bool {

@@ -93,6 +93,7 @@ impl Graph {
         let mut steps = Steps::new(allowed.saturating_sub(self.steps_spent));
         let before = steps.left();
         let hash = change.hash;
+        self.dropped.clear();
         let ingested = self.ingest_within(change, limits, &mut steps);
         self.steps_spent = self.steps_spent.saturating_add(before - steps.left());
         if ingested.is_err() {
@@ -253,7 +254,7 @@ impl Graph {
     }
 
     /// Stages every pending change whose dependencies are complete now that `hash` is staged. A pending change that
-    /// turns out to break a rule is dropped: whoever sent it was not promised anything. One for which only the effort of
+    /// turns out to break a rule is dropped, see [`Graph::dropped`]: whoever sent it was not promised anything. One for which only the effort of
     /// checking was used up goes on waiting, until the document is loaded again: others' effort says nothing of it.
     fn stage_dependents(&mut self, hash: ChangeHash, steps: &mut Steps) {
         let mut ready = self.pending.arrived(&hash);
@@ -275,7 +276,10 @@ impl Graph {
                 }
                 Ok(None) => unreachable!("the index is attached when somebody waits"),
                 Err(Refusal::TooTangled) => self.pending.put_back(change, &[]),
-                Err(_) => self.pending.drop_dependents(hash),
+                Err(refusal) => {
+                    self.pending.drop_dependents(hash);
+                    self.dropped.push((hash, refusal));
+                }
             }
         }
     }

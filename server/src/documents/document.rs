@@ -151,6 +151,8 @@ pub struct Incoming {
     changes: std::collections::VecDeque<Change>,
     /// Those that have been offered, whatever became of them.
     offered: Vec<ChangeHash>,
+    /// Changes of clients that waited for one of these and were refused when it came.
+    dropped: Vec<Rejected>,
     permits: Option<Arc<[Permit]>>,
     foreign: Option<Foreign>,
     /// The placement group of the document if these changes create it.
@@ -168,7 +170,14 @@ struct Foreign {
 impl Incoming {
     /// Nothing.
     pub fn none() -> Self {
-        Self { changes: Default::default(), offered: Vec::new(), permits: None, foreign: None, group: None }
+        Self {
+            changes: Default::default(),
+            offered: Vec::new(),
+            dropped: Vec::new(),
+            permits: None,
+            foreign: None,
+            group: None,
+        }
     }
 
     /// From a client, whose new documents are of this group.
@@ -176,6 +185,7 @@ impl Incoming {
         Self {
             changes: changes.into(),
             offered: Vec::new(),
+            dropped: Vec::new(),
             permits: Some(permits),
             foreign: None,
             group: Some(group),
@@ -193,6 +203,15 @@ impl Incoming {
         let hashes = changes.iter().map(|change| change.hash).collect();
         let foreign = Foreign { in_run, hashes, logged };
         Self { foreign: Some(foreign), ..Self::new(changes, permits, group.clone()) }
+    }
+
+    /// The changes of clients that were dropped meanwhile; of those that came with the same message one at most stands alone,
+    /// as what becomes of its sender.
+    pub(super) fn take_dropped(&mut self) -> (Vec<Rejected>, Option<Rejected>) {
+        let is_own = |it: &Rejected| self.foreign.is_none() && self.offered.contains(&it.hash);
+        let mut dropped = std::mem::take(&mut self.dropped);
+        let own = dropped.iter().position(is_own).map(|place| dropped.swap_remove(place));
+        (dropped, own)
     }
 
     /// Where those changes stand that are in the graph. To be asked when all have been offered: a later change of the
@@ -222,6 +241,12 @@ pub struct Rejected {
     pub refusal: Refusal,
     /// The change that has its author's number already, if it is known.
     pub other: Option<ChangeHash>,
+}
+
+impl Rejected {
+    fn new(hash: ChangeHash, refusal: Refusal) -> Self {
+        Self { hash, refusal, other: None }
+    }
 }
 
 impl std::fmt::Display for Rejected {
@@ -627,7 +652,12 @@ impl DocumentState {
             let hash = change.hash;
             let again = (self.graph.has_base() && !self.graph.has_index()).then(|| change.clone());
             let numbered = (change.actor.clone(), change.seq);
-            match self.graph.ingest(change, limits) {
+            let ingested = self.graph.ingest(change, limits);
+            // Another region's are found by who noted that they wait.
+            let of_clients = self.graph.dropped().iter().filter(|(hash, _)| !self.waiting.contains_key(hash));
+            let of_clients = of_clients.map(|(hash, refusal)| Rejected::new(*hash, *refusal));
+            incoming.dropped.extend(of_clients);
+            match ingested {
                 Ok(Ingested::NeedsIndex) => {
                     let again = again.expect("only a graph without its index asks for it");
                     incoming.changes.push_front(again);

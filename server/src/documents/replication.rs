@@ -118,7 +118,8 @@ struct Placed {
 
 impl Documents {
     /// Offers changes to a document's graph, some at a time, loading the base's index if they refer to its inside. Returns
-    /// early with the first that is refused, which is taken out; the others may be offered by another call.
+    /// early with the first that is refused, which is taken out; the others may be offered by another call. One that had to
+    /// wait for another of them is refused when that has come.
     pub async fn offer(
         &self,
         document: &Arc<Document>,
@@ -137,7 +138,13 @@ impl Documents {
             }
         };
         self.look_for_dropped(document, &outcome).await;
-        outcome
+        let (dropped, own) = incoming.take_dropped();
+        for Rejected { refusal, .. } in dropped {
+            // Who sent it may be gone for long.
+            self.metrics.refused(refusal.reason());
+            tracing::warn!(document = %document.id(), %refusal, "change dropped that waited");
+        }
+        Ok(outcome?.or(own))
     }
 
     /// A change of another region that waited here and is dropped does not fit: the document's affair, as if it had been

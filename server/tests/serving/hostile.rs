@@ -12,7 +12,7 @@ use isobar_protocol::wire::{self, PeerMetadata};
 use tokio_tungstenite::tungstenite::Message;
 
 use crate::draft::*;
-use crate::support::{Client, Ended, Node, document_id, number, put, settings};
+use crate::support::{Client, Ended, Heard, Node, document_id, eventually, number, put, settings};
 
 /// The code with which the server closes on a client that broke the protocol.
 const POLICY: u16 = 1008;
@@ -286,17 +286,40 @@ async fn what_stands_before_a_refused_change_in_the_same_message_is_kept() {
     scene.assert_nobody_noticed().await;
 }
 
+/// A change whose author's first change is numbered 2, which shows when its parent is there.
+fn spoilt_child_of(parent: &Draft) -> Draft {
+    let parent_hash = automerge::Change::from_bytes(sealed(parent)).unwrap().hash().0;
+    Draft { deps: vec![parent_hash], actor: vec![8; 16], seq: 2, start_op: 6, ..Draft::honest() }
+}
+
 #[tokio::test]
 async fn a_spoilt_change_does_not_slip_in_before_what_it_depends_on() {
     let mut scene = Scene::new().await;
     let document = scene.document.clone();
     let parent = scene.draft();
-    let parent_hash = automerge::Change::from_bytes(sealed(&parent)).unwrap().hash().0;
-    // Its author's first change is numbered 2, which shows when it can be checked.
-    let child = Draft { deps: vec![parent_hash], actor: vec![8; 16], seq: 2, start_op: 6, ..Draft::honest() };
-    scene.offer(vec![sealed(&child), sealed(&parent)]).await;
+    scene.offer(vec![sealed(&spoilt_child_of(&parent)), sealed(&parent)]).await;
     scene.reader.until("the parent", |it| number(&it.open(&document).doc, "b") == Some(2)).await;
     scene.author.until("the parent", |it| number(&it.open(&document).doc, "b") == Some(2)).await;
+    scene.assert_attacker_is_gone("seq_gap").await;
+    scene.assert_nobody_noticed().await;
+}
+
+#[tokio::test]
+async fn a_spoilt_change_that_waited_is_refused_when_another_client_brings_its_parent() {
+    let mut scene = Scene::new().await;
+    let document = scene.document.clone();
+    let parent = scene.draft();
+    scene.offer(vec![sealed(&spoilt_child_of(&parent))]).await;
+    eventually("it waits", async || scene.node.metric("isobar_pending_changes").await == 1.0).await;
+    assert_eq!(scene.node.refused("seq_gap").await, 0.0);
+    let mut honest = Client::join(scene.node.clients, "honest").await;
+    let heads = scene.heads();
+    honest.offer(&document, heads, vec![sealed(&parent).into()]).await;
+    scene.reader.until("the parent", |it| number(&it.open(&document).doc, "b") == Some(2)).await;
+    scene.author.until("the parent", |it| number(&it.open(&document).doc, "b") == Some(2)).await;
+    assert_eq!(scene.node.refused("seq_gap").await, 1.0);
+    honest.ephemeral(&document, 1, b"still here").await;
+    while !matches!(scene.reader.hear().await, Heard::Ephemeral { .. }) {}
     scene.assert_nobody_noticed().await;
 }
 
