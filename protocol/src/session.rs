@@ -141,7 +141,7 @@ impl SyncSession {
             // must not stand in for the acknowledgement of that commit.
             let knows = message.have.iter().any(|have| graph.heads_are(&have.last_sync));
             self.reached_end(graph);
-            if knows {
+            if knows && !self.told_heads(graph) {
                 self.told = Some(graph.heads());
             }
         } else if !staged_any {
@@ -232,6 +232,15 @@ impl SyncSession {
         let reply = self.compose(graph, lacking);
         self.mark_sent(graph);
         Some(reply)
+    }
+
+    /// Whether [`Self::generate`] has nothing to send, as far as shows at a glance: the peer has all of it, and was told so.
+    pub fn is_in_step(&self, graph: &Graph) -> bool {
+        !self.reply_due
+            && self.peer.need.is_empty()
+            && self.place == Place::Synced(graph.durable_end())
+            && self.received.is_empty()
+            && self.told_heads(graph)
     }
 
     fn told_heads(&self, graph: &Graph) -> bool {

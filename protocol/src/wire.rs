@@ -20,7 +20,7 @@ pub use encode::{
     encode_unavailable,
 };
 
-use crate::ids::{ChangeHash, DocumentId, PeerId, RegionName, StorageId};
+use crate::ids::{ChangeHash, DocumentId, IdError, PeerId, RegionName, StorageId};
 
 /// The only version of the protocol that exists.
 pub const PROTOCOL_VERSION: &str = "1";
@@ -87,10 +87,32 @@ pub enum ClientFrame<'a> {
     Unknown { kind: &'a str },
 }
 
+/// The document that the last frame named. Checking the text of an id takes longer than reading the rest of an answer.
+#[derive(Debug, Default)]
+pub struct LastDocument(Option<(Box<str>, DocumentId)>);
+
+impl LastDocument {
+    fn read(&mut self, text: &str) -> Result<DocumentId, IdError> {
+        match &self.0 {
+            Some((last, document)) if **last == *text => Ok(document.clone()),
+            _ => {
+                let document = DocumentId::from_text(text)?;
+                self.0 = Some((text.into(), document.clone()));
+                Ok(document)
+            }
+        }
+    }
+}
+
 impl<'a> ClientFrame<'a> {
     /// Reads one frame.
     pub fn decode(frame: &'a [u8]) -> Result<Self, WireError> {
-        decode::client_frame(frame)
+        Self::decode_after(frame, &mut LastDocument::default())
+    }
+
+    /// Reads one frame of many, mostly of one document: its id is taken apart once.
+    pub fn decode_after(frame: &'a [u8], last: &mut LastDocument) -> Result<Self, WireError> {
+        decode::client_frame(frame, last)
     }
 
     /// Who sent the frame, by its own account.

@@ -46,7 +46,8 @@ impl Document {
         session.receive(says(self.graph.heads()), [], &self.graph);
         assert_eq!(span(session.generate(&self.graph)), (self.graph.durable_end(), self.graph.durable_end()));
         session.receive(says(self.graph.heads()), [], &self.graph);
-        assert!(session.generate(&self.graph).is_none(), "in step");
+        assert!(session.is_in_step(&self.graph));
+        assert!(session.generate(&self.graph).is_none());
         session
     }
 }
@@ -76,6 +77,7 @@ fn readers_in_step_all_get_the_same_span_once() {
     let mut readers: Vec<SyncSession> = (0..20).map(|_| document.reader()).collect();
     document.write();
     for reader in &mut readers {
+        assert!(!reader.is_in_step(&document.graph));
         assert_eq!(span(reader.generate(&document.graph)), (3, 4));
         assert!(reader.generate(&document.graph).is_none(), "said once");
     }
@@ -84,6 +86,7 @@ fn readers_in_step_all_get_the_same_span_once() {
     assert_eq!(message.heads, [document.changes[3].hash]);
     for reader in &mut readers {
         reader.receive(says(document.graph.heads()), [], &document.graph);
+        assert!(reader.is_in_step(&document.graph), "an answer leaves nothing to say");
         assert!(reader.generate(&document.graph).is_none(), "an answer is not answered");
     }
 }

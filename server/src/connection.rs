@@ -18,8 +18,8 @@ use futures_util::{Sink, Stream};
 use isobar_protocol::ids::{ChangeHash, DocumentId, PeerId, PlacementGroup};
 use isobar_protocol::session::SyncSession;
 use isobar_protocol::wire::{
-    self, ClientFrame, EXTRA_ELSEWHERE, EXTRA_GATHERED_ANSWERS, EXTRA_RECEIPTS, PROTOCOL_VERSION,
-    PeerMetadata,
+    self, ClientFrame, EXTRA_ELSEWHERE, EXTRA_GATHERED_ANSWERS, EXTRA_RECEIPTS, LastDocument,
+    PROTOCOL_VERSION, PeerMetadata,
 };
 use tokio::time::{Instant, Sleep};
 
@@ -146,6 +146,7 @@ pub struct Connection {
     outbox: Arc<Outbox>,
     subscriptions: Vec<Subscription>,
     slots: HashMap<DocumentId, Slot>,
+    last_document: LastDocument,
     /// Subscriptions that may have something to say, each once.
     dirty: Vec<Slot>,
     /// Empty between uses; it keeps its memory.
@@ -232,6 +233,7 @@ impl Connection {
             outbox,
             subscriptions: Vec::new(),
             slots: HashMap::new(),
+            last_document: LastDocument::default(),
             dirty: Vec::new(),
             marked: Vec::new(),
             held: Vec::new(),

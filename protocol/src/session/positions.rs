@@ -12,6 +12,9 @@ pub(super) struct Positions {
 
 impl Positions {
     pub(super) fn extend(&mut self, mut positions: Vec<u64>) {
+        if positions.is_empty() {
+            return;
+        }
         positions.sort_unstable();
         let mut all: Vec<Range<u64>> = self.ranges.drain(..).collect();
         for position in positions {
@@ -28,6 +31,10 @@ impl Positions {
                 _ => self.ranges.push(range),
             }
         }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.ranges.is_empty()
     }
 
     pub(super) fn contains(&self, position: u64) -> bool {

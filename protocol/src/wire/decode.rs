@@ -8,8 +8,8 @@ use cbor4ii::core::dec::{self, Decode, IgnoredAny, Read, Reference, is_break};
 use cbor4ii::core::{major, marker, types};
 
 use super::{
-    ClientFrame, EXTRA_BYTES_MAX, EXTRAS_MAX, ElsewhereFrame, PeerFrame, PeerMetadata, ReceiptFrame,
-    RemoteHeads, Saved, URLS_MAX,
+    ClientFrame, EXTRA_BYTES_MAX, EXTRAS_MAX, ElsewhereFrame, LastDocument, PeerFrame, PeerMetadata,
+    ReceiptFrame, RemoteHeads, Saved, URLS_MAX,
 };
 use crate::config::{
     CBOR_DEPTH_MAX, FRAME_KEYS_MAX, RECEIPT_REGIONS_MAX, REMOTE_HEADS_STORAGES_MAX, SYNC_HASHES_MAX,
@@ -243,8 +243,12 @@ impl<'a> Fields<'a> {
     }
 
     fn document(&self) -> Result<DocumentId, WireError> {
+        self.document_after(&mut LastDocument::default())
+    }
+
+    fn document_after(&self, last: &mut LastDocument) -> Result<DocumentId, WireError> {
         let text = text(self.document_id, "documentId")?;
-        DocumentId::from_text(text).map_err(|problem| WireError::Id { field: "documentId", problem })
+        last.read(text).map_err(|problem| WireError::Id { field: "documentId", problem })
     }
 
     fn metadata(&self) -> Result<PeerMetadata, WireError> {
@@ -261,19 +265,22 @@ impl<'a> Fields<'a> {
     }
 }
 
-pub(super) fn client_frame(frame: &[u8]) -> Result<ClientFrame<'_>, WireError> {
+pub(super) fn client_frame<'a>(
+    frame: &'a [u8],
+    last: &mut LastDocument,
+) -> Result<ClientFrame<'a>, WireError> {
     let fields = Fields::find(frame)?;
     let kind = text(fields.kind, "type")?;
     Ok(match kind {
         "sync" | "request" => ClientFrame::Sync {
             request: kind == "request",
             sender_id: fields.sender_id()?,
-            document: fields.document()?,
+            document: fields.document_after(last)?,
             data: fields.data()?,
         },
         "ephemeral" => ClientFrame::Ephemeral {
             sender_id: fields.sender_id()?,
-            document: fields.document()?,
+            document: fields.document_after(last)?,
             session_id: text(fields.session_id, "sessionId")?,
             count: whole_number(fields.count, "count")?,
             data: fields.data()?,
@@ -283,9 +290,10 @@ pub(super) fn client_frame(frame: &[u8]) -> Result<ClientFrame<'_>, WireError> {
             metadata: fields.metadata()?,
             versions: fields.versions.map(versions).transpose()?,
         },
-        "doc-unavailable" => {
-            ClientFrame::Unavailable { sender_id: fields.sender_id()?, document: fields.document()? }
-        }
+        "doc-unavailable" => ClientFrame::Unavailable {
+            sender_id: fields.sender_id()?,
+            document: fields.document_after(last)?,
+        },
         "remote-subscription-change" => ClientFrame::RemoteSubscriptionChange {
             sender_id: fields.sender_id()?,
             add: storage_ids(fields.add, "add")?,
@@ -293,7 +301,7 @@ pub(super) fn client_frame(frame: &[u8]) -> Result<ClientFrame<'_>, WireError> {
         },
         "remote-heads-changed" => ClientFrame::RemoteHeadsChanged {
             sender_id: fields.sender_id()?,
-            document: fields.document()?,
+            document: fields.document_after(last)?,
             heads: remote_heads(fields.new_heads)?,
         },
         "leave" => ClientFrame::Leave { sender_id: fields.sender_id()? },

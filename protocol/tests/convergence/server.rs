@@ -122,7 +122,10 @@ impl Server {
 
     /// Builds a message if the session has something to say. `None` also stands for "unavailable".
     pub fn generate(&mut self, session: &mut SyncSession) -> Option<Vec<u8>> {
-        let (mut message, with_base) = match session.generate(&self.graph)? {
+        let is_in_step = session.is_in_step(&self.graph);
+        let reply = session.generate(&self.graph);
+        assert!(!is_in_step || reply.is_none(), "who is in step is sent nothing");
+        let (mut message, with_base) = match reply? {
             Reply::Unavailable => {
                 assert!(self.graph.is_empty(), "what is here is available");
                 return None;

@@ -13,7 +13,7 @@ use isobar_protocol::sync_message::SyncMessage;
 use isobar_protocol::wire::ClientFrame;
 use tokio::time::Instant;
 
-use super::{Connection, Ending, unreadable};
+use super::{Connection, Ending, Subscription, unreadable};
 use crate::documents::{Incoming, Rejected};
 use crate::node::Node;
 use crate::outbox::{Ephemeral, Slot};
@@ -44,8 +44,8 @@ impl Connection {
     async fn receive_frame(&mut self, frame: Bytes) -> Result<(), Ending> {
         self.node.metrics.frames_received.increment(1);
         self.node.metrics.frame_bytes_received.increment(frame.len() as u64);
-        let decoded =
-            ClientFrame::decode(&frame).map_err(|error| Ending::protocol("malformed_frame", error))?;
+        let decoded = ClientFrame::decode_after(&frame, &mut self.last_document)
+            .map_err(|error| Ending::protocol("malformed_frame", error))?;
         if decoded.sender_id().is_some_and(|sender| sender != self.peer.as_str()) {
             // Stock clients send presence of others back to where it came from.
             self.node.metrics.echoes_dropped.increment(1);
@@ -92,23 +92,37 @@ impl Connection {
         let message =
             SyncMessage::decode(data).map_err(|error| Ending::protocol("malformed_sync_message", error))?;
         let slot = self.subscribe(document).await?;
+        if message.changes.is_empty() {
+            self.take_in(slot, message, &Incoming::none());
+            return Ok(());
+        }
         let mut incoming = self.take_changes(slot, &message).await?;
         self.offer(slot, &mut incoming).await?;
-        let subscription = &mut self.subscriptions[slot.0 as usize];
-        let state = subscription.document.lock();
+        self.take_in(slot, message, &incoming);
+        Ok(())
+    }
+
+    /// Takes in what a message says, after its changes. Most are answers of clients that now have everything, and call for
+    /// nothing.
+    fn take_in(&mut self, slot: Slot, message: SyncMessage, incoming: &Incoming) {
+        let Subscription { document, session, .. } = &mut self.subscriptions[slot.0 as usize];
+        let state = document.lock();
+        let mut is_in_step = false;
         if !state.is_deleted() {
-            subscription.session.receive(message, incoming.positions(state.graph()), state.graph());
+            session.receive(message, incoming.positions(state.graph()), state.graph());
+            is_in_step = !state.is_withheld() && session.is_in_step(state.graph());
         }
         drop(state);
-        self.mark(slot);
-        Ok(())
+        if !is_in_step {
+            self.mark(slot);
+        }
     }
 
     /// Takes the changes out of a message and reserves room for them in the queues to the log.
     async fn take_changes(&mut self, slot: Slot, message: &SyncMessage) -> Result<Incoming, Ending> {
         let subscription = &self.subscriptions[slot.0 as usize];
         let withheld = subscription.document.lock().is_withheld();
-        if message.changes.is_empty() || subscription.session.is_read_only() || withheld {
+        if subscription.session.is_read_only() || withheld {
             return Ok(Incoming::none());
         }
         let bytes: usize = message.changes.iter().map(Bytes::len).sum();
