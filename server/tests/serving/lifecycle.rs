@@ -497,3 +497,15 @@ async fn a_document_whose_index_is_damaged_is_withheld_when_it_is_needed_and_no_
         node.stop().await.unwrap();
     }
 }
+
+#[tokio::test]
+async fn the_manual_names_every_metric() {
+    let node = Node::start(MemoryStorage::new()).await;
+    let (_, text) = get(node.admin, "/metrics").await;
+    let described: Vec<&str> =
+        text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next()).collect();
+    assert!(described.len() > 50, "{described:?}");
+    let manual = include_str!("../../../docs/operations.md");
+    let unnamed: Vec<&&str> = described.iter().filter(|name| !manual.contains(**name)).collect();
+    assert!(unnamed.is_empty(), "{unnamed:?}");
+}
