@@ -83,8 +83,15 @@ impl fmt::Display for ChangeHash {
 }
 
 /// A document: 1 to 64 bytes, by convention the 16 of a random UUID.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct DocumentId(SmallVec<[u8; 16]>);
+
+// By hand, as what is derived copies byte by byte.
+impl Clone for DocumentId {
+    fn clone(&self) -> Self {
+        Self(SmallVec::from_slice(&self.0))
+    }
+}
 
 impl DocumentId {
     pub fn from_slice(bytes: &[u8]) -> Result<Self, IdError> {
@@ -124,8 +131,15 @@ impl fmt::Debug for DocumentId {
 }
 
 /// The author of a sequence of changes within a document.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ActorId(SmallVec<[u8; 16]>);
+
+// By hand, as what is derived copies byte by byte.
+impl Clone for ActorId {
+    fn clone(&self) -> Self {
+        Self(SmallVec::from_slice(&self.0))
+    }
+}
 
 impl ActorId {
     pub fn from_slice(bytes: &[u8]) -> Result<Self, IdError> {

@@ -12,7 +12,7 @@ use crate::process::Run;
 /// run: its seed and the end of its trace are printed, and the command that replays it.
 #[derive(clap::Args)]
 pub struct Arguments {
-    /// How many schedules; a hundred thousand take some minutes.
+    /// How many schedules; a hundred thousand take a minute or two.
     #[arg(long, value_name = "N", default_value_t = 100_000)]
     seeds: u64,
     /// The seed of the first schedule; the others follow it.

@@ -1,6 +1,6 @@
 //! Choosing from whom each origin is taken.
 
-use super::{LinkId, Moment, Origin, Replica};
+use super::{Link, LinkId, Moment, Origin, Replica};
 use crate::config::ROUTE_PATIENCE_MS;
 use crate::ids::{OriginId, Seq};
 use crate::link::LinkFrame;
@@ -18,7 +18,8 @@ pub(super) struct Route {
 impl Replica {
     /// Looks at every origin, and subscribes it where it is to be had best.
     pub(super) fn choose_routes(&mut self, now: Moment) {
-        let ids: Vec<OriginId> = self.origins.keys().copied().collect();
+        let taken = self.origins.iter().filter(|(_, it)| !it.own && !it.sibling && !it.forked);
+        let ids: Vec<OriginId> = taken.map(|(id, _)| *id).collect();
         for id in ids {
             self.choose_route(now, id);
         }
@@ -27,9 +28,6 @@ impl Replica {
 
     fn choose_route(&mut self, now: Moment, id: OriginId) {
         let origin = &self.origins[&id];
-        if origin.own || origin.sibling || origin.forked {
-            return;
-        }
         let current = origin.route;
         let best = self.best_link(id, origin);
         let Some((best, ahead)) = best else {
@@ -43,7 +41,7 @@ impl Replica {
             return;
         }
         let is_direct = self.links[&best].peer.region == origin.region;
-        let usable = self.reachable(route.link, id, origin).is_some();
+        let usable = self.links.get(&route.link).is_some_and(|it| self.reachable(it, id, origin).is_some());
         let theirs = self.links.get(&route.link).and_then(|it| it.theirs.get(&id)).copied().unwrap_or(Seq(0));
         if !usable || is_direct {
             return self.take_route(id, best, None);
@@ -62,18 +60,17 @@ impl Replica {
     /// The link from which an origin is to be had best, and how far its peer has it: the origin's own region's, else the
     /// one that is farthest, else the nearest.
     fn best_link(&self, id: OriginId, origin: &Origin) -> Option<(LinkId, Seq)> {
-        let usable = self.links.keys().filter_map(|link| Some((*link, self.reachable(*link, id, origin)?)));
-        usable.max_by_key(|(link, seq)| {
-            let known = &self.links[link];
+        let usable = self.links.iter().filter_map(|(link, known)| {
+            let seq = self.reachable(known, id, origin)?;
             let is_direct = known.peer.region == origin.region;
             let nearness = u64::MAX - known.round_trip_ms.unwrap_or(u64::MAX);
-            (is_direct, *seq, nearness)
-        })
+            Some((*link, (is_direct, seq, nearness)))
+        });
+        usable.max_by_key(|(_, worth)| *worth).map(|(link, (_, seq, _))| (link, seq))
     }
 
     /// How far the peer of a link has an origin, if it can be taken from there.
-    fn reachable(&self, link: LinkId, id: OriginId, origin: &Origin) -> Option<Seq> {
-        let known = self.links.get(&link)?;
+    fn reachable(&self, known: &Link, id: OriginId, origin: &Origin) -> Option<Seq> {
         let seq = known.theirs.get(&id)?;
         let truncated = known.floors.get(&id).is_some_and(|floor| *floor > origin.received.0);
         (!truncated && self.may_take(known, &origin.group)).then_some(*seq)

@@ -13,6 +13,8 @@ const CHANGE_CHUNK: u8 = 1;
 pub struct Made {
     /// Counts changes in the order in which they were made: dependencies have smaller numbers.
     pub number: usize,
+    /// The numbers of the dependencies.
+    pub deps: Vec<usize>,
     pub change: Change,
 }
 

@@ -4,8 +4,8 @@
 //!   acknowledgement, receipt and presence message, every entry against all that were ever written under its origin.
 //! - After every step: what the step has changed on disks, that is origins (dense, and all that is new under them is kept) and
 //!   documents (in their groups, whole, not resurrected).
-//! - Every 256 events, at starts and truncations, and at the end: everything on every disk, bytes of deleted documents and
-//!   windows of links among it. What breaks otherwise than in a step that touches it shows only then.
+//! - Every 256 events and at the end: everything on every disk, bytes of deleted documents and windows of links among it; at
+//!   starts and truncations everything on that disk. What breaks otherwise than in a step that touches it shows only then.
 
 use isobar_protocol::config::{LINK_WINDOW_BYTES, Limits};
 use isobar_protocol::ids::{ChangeHash, DocumentId, OriginId, PlacementGroup, Seq};
@@ -182,8 +182,8 @@ impl World {
         // As long as commits are under way, the disk may be ahead of a change that stands before in memory.
         let is_over = region.node.as_ref().is_some_and(|it| it.queue.is_empty() && it.batch.is_none());
         let waits = |hash: &ChangeHash| graph.position(hash).is_some_and(|it| it >= graph.durable_end());
-        let expected = row.heads(|hash| is_over || !waits(hash));
-        if shown != expected {
+        let expected = row.shape(|hash| is_over || !waits(hash)).heads;
+        if !shown.iter().eq(&expected) {
             let blocked = format!("{:?} is next of {}", graph.hash(graph.durable_end()), graph.staged_end());
             let stored = shown.iter().all(|hash| row.holds(hash));
             let invariant =
@@ -199,6 +199,8 @@ impl World {
     /// Notes that the present step changes a document on a disk.
     pub fn touch(&mut self, at: usize, document: &DocumentId) {
         self.touched.insert((at, document.clone()));
+        self.regions[at].disk.prints.remove(document);
+        self.has_moved(|pair| pair.ends.contains(&at));
     }
 
     /// Looks at what the step that is over has changed.
@@ -226,13 +228,16 @@ impl World {
 
     /// Looks at everything that is durable.
     pub fn audit(&mut self) {
-        for at in 0..self.regions.len() {
-            let mut found = audit_logs(&self.regions[at].disk);
-            found = found.or_else(|| self.audit_documents(at));
-            found = found.or_else(|| self.audit_vector(at));
-            found = found.or_else(|| self.audit_windows(at));
-            self.found(at, found);
-        }
+        (0..self.regions.len()).for_each(|at| self.audit_region(at));
+    }
+
+    /// Looks at everything that is durable in a region.
+    pub fn audit_region(&mut self, at: usize) {
+        let mut found = audit_logs(&self.regions[at].disk);
+        found = found.or_else(|| self.audit_documents(at));
+        found = found.or_else(|| self.audit_vector(at));
+        found = found.or_else(|| self.audit_windows(at));
+        self.found(at, found);
     }
 
     fn audit_documents(&self, at: usize) -> Option<(Invariant, String)> {

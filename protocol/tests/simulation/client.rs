@@ -20,7 +20,8 @@ pub struct View {
     /// In an order in which dependencies come first.
     pub changes: Vec<Arc<Made>>,
     pub known: BTreeSet<ChangeHash>,
-    pub heads: BTreeSet<ChangeHash>,
+    /// With their numbers.
+    pub heads: BTreeMap<ChangeHash, usize>,
     pub max_op: u64,
     /// Changes of the client's own.
     pub own: BTreeSet<ChangeHash>,
@@ -38,16 +39,17 @@ impl View {
         made.change.deps.iter().for_each(|hash| {
             self.heads.remove(hash);
         });
-        self.heads.insert(made.change.hash);
+        self.heads.insert(made.change.hash, made.number);
         self.changes.push(made.clone());
     }
 
     /// Makes a change after everything that is known.
     pub fn write(&mut self, actor: u8, number: usize) -> Arc<Made> {
-        let deps: Vec<ChangeHash> = self.heads.iter().copied().collect();
+        let deps: Vec<ChangeHash> = self.heads.keys().copied().collect();
         let seq = self.own.len() as u64 + 1;
         let draft = Draft { deps: &deps, actor, seq, start_op: self.max_op + 1, salt: number as u64 };
-        let made = Arc::new(Made { number, change: draft.change() });
+        let made =
+            Arc::new(Made { number, deps: self.heads.values().copied().collect(), change: draft.change() });
         self.own.insert(made.change.hash);
         self.unacknowledged.insert(made.change.hash);
         self.add(&made);

@@ -12,6 +12,7 @@ use isobar_protocol::ids::{ChangeHash, DocumentId, OriginId, PlacementGroup, Reg
 use isobar_protocol::link::Progress;
 use isobar_protocol::log::{self, Chain};
 use isobar_protocol::replica::LogSlice;
+use isobar_protocol::scrub::Fingerprint;
 
 use crate::change_bytes::Made;
 
@@ -23,6 +24,8 @@ pub struct Disk {
     pub acknowledged: BTreeMap<(RegionName, OriginId), Seq>,
     /// The origin that this region claimed last for each group.
     pub claimed: BTreeMap<PlacementGroup, OriginId>,
+    /// Fingerprints of documents that have not changed since they were taken.
+    pub prints: BTreeMap<DocumentId, Option<Fingerprint>>,
 }
 
 #[derive(Debug, Clone)]
@@ -46,6 +49,15 @@ pub struct DocumentRow {
     pub base: Option<BaseRow>,
     /// Those that are not in the base; and, until it is pruned, some that are.
     pub changes: BTreeMap<ChangeHash, Arc<Made>>,
+}
+
+/// How the changes of a document hang together.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// Those whose whole past is here, and that no other of them names.
+    pub heads: BTreeSet<ChangeHash>,
+    /// Those that lack some of their past.
+    pub pending: BTreeSet<ChangeHash>,
 }
 
 /// A base. Its chunk is the names of what it covers: nobody here opens one.
@@ -203,10 +215,10 @@ impl DocumentRow {
         self.base.as_ref().is_some_and(|base| base.covered.contains_key(hash))
     }
 
-    /// All that is here, each once.
-    pub fn all(&self) -> BTreeMap<&ChangeHash, &Arc<Made>> {
-        let covered = self.base.iter().flat_map(|base| base.covered.iter());
-        covered.chain(&self.changes).collect()
+    /// All that is here, each once, in no order.
+    pub fn all(&self) -> impl Iterator<Item = &Arc<Made>> {
+        let covered = self.base.iter().flat_map(|base| base.covered.values());
+        covered.chain(self.changes.values().filter(|made| !self.covers(&made.change.hash)))
     }
 
     /// Whether anything is here.
@@ -214,20 +226,21 @@ impl DocumentRow {
         self.base.is_none() && self.changes.is_empty()
     }
 
-    /// The heads that follow from what is stored, as far as it counts: changes whose whole past is here, and that no other of
-    /// them names.
-    pub fn heads(&self, counts: impl Fn(&ChangeHash) -> bool) -> Vec<ChangeHash> {
-        let all = self.all().into_iter().filter(|(hash, _)| counts(hash));
-        let mut made: Vec<(&ChangeHash, &Arc<Made>)> = all.collect();
-        made.sort_unstable_by_key(|(_, made)| made.number);
-        let mut complete: BTreeSet<ChangeHash> = BTreeSet::new();
-        let mut named: BTreeSet<ChangeHash> = BTreeSet::new();
-        for (hash, made) in made {
-            if made.change.deps.iter().all(|it| complete.contains(it)) {
-                complete.insert(*hash);
-                named.extend(made.change.deps.iter());
+    /// What follows from what is stored, as far as it counts.
+    pub fn shape(&self, counts: impl Fn(&ChangeHash) -> bool) -> Shape {
+        let mut made: Vec<&Arc<Made>> = self.all().filter(|made| counts(&made.change.hash)).collect();
+        made.sort_unstable_by_key(|made| made.number);
+        let numbers = made.last().map_or(0, |made| made.number + 1);
+        let (mut complete, mut named) = (vec![false; numbers], vec![false; numbers]);
+        for made in &made {
+            if made.deps.iter().all(|it| complete[*it]) {
+                complete[made.number] = true;
+                made.deps.iter().for_each(|it| named[*it] = true);
             }
         }
-        complete.difference(&named).copied().collect()
+        let of = |wanted: &dyn Fn(usize) -> bool| {
+            made.iter().filter(|made| wanted(made.number)).map(|made| made.change.hash).collect()
+        };
+        Shape { heads: of(&|it| complete[it] && !named[it]), pending: of(&|it| !complete[it]) }
     }
 }

@@ -1,8 +1,8 @@
 //! What happens in a world, each at its moment. Numbers of regions, connections and clients are their places in the world's lists;
 //! a life is the number of a node's start, so that what was meant for a node that died finds nobody.
 
-use std::cmp::Ordering;
-use std::collections::BTreeSet;
+use std::cmp::Reverse;
+use std::collections::{BTreeSet, BinaryHeap};
 use std::sync::Arc;
 
 use isobar_protocol::ids::{ChangeHash, DocumentId, OriginId, PlacementGroup, Seq};
@@ -111,26 +111,36 @@ pub enum Event {
     Scrub,
 }
 
-#[derive(Debug)]
-pub struct Scheduled {
-    pub at: u64,
-    pub number: u64,
-    pub event: Event,
+/// What is to happen, in the order of moments, and of numbers within one. Events are large: what is sorted is their places.
+#[derive(Debug, Default)]
+pub struct Agenda {
+    order: BinaryHeap<Reverse<(u64, u64, usize)>>,
+    events: Vec<Option<Event>>,
+    free: Vec<usize>,
+    last_number: u64,
 }
 
-impl PartialEq for Scheduled {
-    fn eq(&self, other: &Self) -> bool {
-        self.cmp(other) == Ordering::Equal
+impl Agenda {
+    pub fn add(&mut self, at: u64, event: Event) {
+        self.last_number += 1;
+        self.put_back(at, self.last_number, event);
     }
-}
-impl Eq for Scheduled {}
-impl PartialOrd for Scheduled {
-    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
-        Some(self.cmp(other))
+
+    /// Adds an event under the number that it had before.
+    pub fn put_back(&mut self, at: u64, number: u64, event: Event) {
+        let place = self.free.pop().unwrap_or_else(|| {
+            self.events.push(None);
+            self.events.len() - 1
+        });
+        self.events[place] = Some(event);
+        self.order.push(Reverse((at, number, place)));
     }
-}
-impl Ord for Scheduled {
-    fn cmp(&self, other: &Self) -> Ordering {
-        (self.at, self.number).cmp(&(other.at, other.number))
+
+    /// Takes out the first event if it is to happen up to some moment; with its own, and its number.
+    pub fn next(&mut self, until: u64) -> Option<(u64, u64, Event)> {
+        self.order.peek().filter(|Reverse((at, ..))| *at <= until)?;
+        let Reverse((at, number, place)) = self.order.pop()?;
+        self.free.push(place);
+        Some((at, number, self.events[place].take()?))
     }
 }

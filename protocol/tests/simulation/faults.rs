@@ -27,7 +27,8 @@ impl World {
             Fault::Reset => self.reset(),
             Fault::Cut => self.cut(),
             Fault::Pause => {
-                let pause = self.rng.range(10, 20_000);
+                let longest = self.within(20_000);
+                let pause = self.rng.range(10, longest);
                 let region = &mut self.regions[at];
                 region.paused_until = region.paused_until.max(self.now + pause);
             }
@@ -56,6 +57,11 @@ impl World {
             }
             Fault::Compact => self.compact(at),
         }
+    }
+
+    /// What lasts longer than the schedule has faults would leave nothing to happen after it.
+    fn within(&self, longest_ms: u64) -> u64 {
+        longest_ms.min(self.plan.faults_until_ms)
     }
 
     /// A connection breaks, now or when some kind of frame is sent that there are few of.
@@ -99,8 +105,9 @@ impl World {
         let direction = self.rng.below(2);
         self.count("cuts");
         // Some end before anybody notices, some after the silence was noticed.
+        let short = self.within(3_000);
         let lasts =
-            if self.rng.chance(50) { self.rng.range(50, 3_000) } else { self.rng.range(3_000, 40_000) };
+            if self.rng.chance(50) { self.rng.range(50, short) } else { self.rng.range(3_000, 40_000) };
         for from in 0..2 {
             if both || from == direction {
                 self.pairs[pair].cut[from] = true;
@@ -128,7 +135,8 @@ impl World {
                 self.at(arrives, Event::LinkDown { connection, side: 1 - side });
             }
         }
-        let delay = self.rng.range(10, 3_000);
+        let longest = self.within(9_000) / 3;
+        let delay = self.rng.range(10, longest);
         self.after(delay, Event::Start(at));
     }
 
@@ -209,7 +217,7 @@ impl World {
                 members.iter().for_each(|(member, _)| self.check_truncation(at, *member, origin, floor));
             }
         }
-        self.audit();
+        self.audit_region(at);
     }
 
     /// Nobody may still need what is gone: each member had it on its disk.
@@ -229,7 +237,7 @@ impl World {
             disk.truncate(origin, seq);
         }
         self.count("forced truncations");
-        self.audit();
+        self.audit_region(at);
     }
 
     /// A frame that was received once is received again, on the link of today.

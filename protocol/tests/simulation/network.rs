@@ -42,6 +42,8 @@ pub struct Pair {
     /// A dial is scheduled.
     pub dialling: bool,
     pub connection: Option<usize>,
+    /// Something has changed at an end since the two were compared last.
+    pub has_moved: bool,
     /// Frames that arrived lately at the other end, each with the life of the sender and that of the receiver.
     pub remembered: [VecDeque<Remembered>; 2],
 }
@@ -62,6 +64,7 @@ impl Pair {
             cut: [false; 2],
             dialling: false,
             connection: None,
+            has_moved: false,
             remembered: [VecDeque::new(), VecDeque::new()],
         }
     }

@@ -145,7 +145,7 @@ pub struct Plan {
 
 impl Plan {
     pub fn new(rng: &mut Rng) -> Self {
-        let regions = rng.range(2, 4) as usize;
+        let regions = *rng.pick(&[2, 2, 3, 3, 4]).expect("not empty");
         let joins = regions > 2 && rng.chance(35);
         // Each fault is there or not, so that every combination comes up; some more often within a seed.
         let mut faults: Vec<Fault> = Vec::new();
@@ -154,7 +154,8 @@ impl Plan {
                 (0..rng.range(1, 3)).for_each(|_| faults.push(fault));
             }
         }
-        let faults_until_ms = *rng.pick(&[2_000, 5_000, 10_000, 20_000, 30_000]).expect("not empty");
+        let faults_until_ms = *rng.pick(&[500, 1_000, 2_000, 5_000, 10_000, 20_000]).expect("not empty");
+        let [writes_max, turns_max] = [0; 2].map(|_| *rng.pick(&[10, 20, 60]).expect("not empty"));
         Self {
             regions,
             two_groups: regions > 2 && rng.chance(35),
@@ -162,16 +163,16 @@ impl Plan {
             leaves_at_ms: (regions > 2 && rng.chance(20)).then(|| rng.range(100, faults_until_ms)),
             joins_with_copy: rng.chance(30),
             clients: rng.range(1, 4) as usize,
-            documents: rng.range(1, 5) as usize,
-            writes: rng.range(5, 60) as usize,
+            documents: rng.range(1, 6) as usize,
+            writes: rng.range(3, writes_max) as usize,
             faults_until_ms,
             faults,
-            fault_every_ms: faults_until_ms / rng.range(5, 25),
-            turn_every_ms: faults_until_ms / rng.range(20, 60),
-            tick_every_ms: *rng.pick(&[10, 50, 100, 200]).expect("not empty"),
+            fault_every_ms: faults_until_ms / *rng.pick(&[6, 20, 50, 100]).expect("not empty"),
+            turn_every_ms: faults_until_ms / rng.range(10, turns_max),
+            tick_every_ms: *rng.pick(&[25, 50, 100, 200]).expect("not empty"),
             latency_ms: *rng.pick(&[1, 10, 50, 200]).expect("not empty"),
             commit_ms: *rng.pick(&[1, 5, 20, 100]).expect("not empty"),
-            page_documents: rng.range(1, 3) as usize,
+            page_documents: *rng.pick(&[1, 1, 3]).expect("not empty"),
             compact_percent: *rng.pick(&[0, 5, 30]).expect("not empty"),
             twice_percent: *rng.pick(&[0, 0, 5]).expect("not empty"),
         }

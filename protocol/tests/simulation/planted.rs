@@ -10,10 +10,10 @@ use crate::plan::Planted;
 use crate::run;
 
 /// Schedules that a mistake may need until it shows.
-const SEEDS_MAX: u64 = 2_000;
+const SEEDS_MAX: u64 = 10_000;
 
 /// Schedules in which nothing may be noticed.
-const SEEDS_CLEAN: u64 = 150;
+const SEEDS_CLEAN: u64 = 500;
 
 /// Runs schedules with mistakes until one of these invariants notices. Others must not.
 fn notice(shell: Option<Planted>, core: &[Fault], by: &[Invariant]) {
@@ -83,7 +83,9 @@ fn a_resurrected_document_is_noticed() {
 
 #[test]
 fn pages_without_deletions_are_noticed() {
-    must_be_noticed(Planted::ForgetTombstonesInPages, &[Invariant::AcknowledgedMeansKept]);
+    // Where the document was deleted twice, only the time of the deletion may be missing.
+    let ways = [Invariant::AcknowledgedMeansKept, Invariant::Convergence];
+    must_be_noticed(Planted::ForgetTombstonesInPages, &ways);
 }
 
 #[test]

@@ -16,6 +16,11 @@ use crate::world::World;
 /// How often a node compares what is open with what it told its peers.
 const REFRESH_EVERY_MS: u64 = 500;
 
+/// How many schedules of a hundred end with new connections between all, and with nobody looking. That takes long, in events: not
+/// every schedule has to.
+const RECONNECTS_PERCENT: u32 = 25;
+const LOOKS_AWAY_PERCENT: u32 = 5;
+
 /// How long all regions may take to be linked to each other when nothing is in the way.
 const LINKED_WITHIN_MS: u64 = 60_000;
 
@@ -115,15 +120,13 @@ impl World {
         }
     }
 
-    /// When all has healed and connections have come and gone once more: who looks hears everybody else once, and where
-    /// nobody looks any more nothing is sent.
+    /// When all has healed, in some schedules after connections have come and gone once more: who looks hears everybody else
+    /// once, and where nobody looks any more nothing is sent.
     pub fn check_presence(&mut self) {
         self.look_everywhere();
-        self.run_until(self.now + HEARD_WITHIN_MS);
-        for pair in 0..self.pairs.len() {
-            if let Some(connection) = self.pairs[pair].connection {
-                self.close(connection, 0);
-            }
+        if self.rng.chance(RECONNECTS_PERCENT) {
+            self.run_until(self.now + HEARD_WITHIN_MS);
+            self.break_all();
         }
         self.wait_for_links();
         self.run_until(self.now + HEARD_WITHIN_MS);
@@ -141,9 +144,17 @@ impl World {
                 }
             }
         }
-        // It takes long, in events: not every schedule has to.
-        if self.rng.chance(10) {
+        if self.rng.chance(LOOKS_AWAY_PERCENT) {
             self.look_away();
+        }
+    }
+
+    fn break_all(&mut self) {
+        self.count("reconnections");
+        for pair in 0..self.pairs.len() {
+            if let Some(connection) = self.pairs[pair].connection {
+                self.close(connection, 0);
+            }
         }
     }
 

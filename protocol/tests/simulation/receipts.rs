@@ -128,8 +128,8 @@ impl World {
     fn check_receipt(&mut self, at: usize, link: LinkId, document: &DocumentId, heads: &[ChangeHash]) {
         let Some((connection, side)) = self.connection_of(at, link) else { return };
         let other = self.connections[connection].ends[1 - side];
+        self.count("receipts");
         let peer = &self.regions[other];
-        self.tally.entry("receipts").and_modify(|it| *it += 1).or_insert(1);
         if self.connections[connection].disk_numbers[1 - side] != peer.disk_number
             // Of a document that was deleted somewhere, entries come without their bytes.
             || self.ledger.was_deleted(document)

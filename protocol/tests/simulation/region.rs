@@ -83,6 +83,9 @@ pub struct Node {
     baselines: u64,
     pub observed_at: Moment,
     pub effects: VecDeque<Effect>,
+    /// When it was called last, and when its timer is through; by the world's clock.
+    pub called_at: u64,
+    pub tick_at: u64,
     /// The connection and side of each link.
     pub links: BTreeMap<LinkId, (usize, usize)>,
     /// Log reads that are under way, by link.
@@ -191,6 +194,8 @@ impl Node {
             baselines: Baseline::NOTHING.0,
             observed_at: Moment(0),
             effects: VecDeque::new(),
+            called_at: 0,
+            tick_at: u64::MAX,
             links: BTreeMap::new(),
             reads: BTreeMap::new(),
             interests: Interests::default(),

@@ -12,14 +12,18 @@ use isobar_protocol::scrub::{
 };
 
 use crate::change_bytes::Made;
-use crate::disk::{Disk, DocumentRow};
+use crate::disk::{Disk, DocumentRow, Shape};
 use crate::events::Event;
 use crate::ledger::Invariant;
+use crate::network::Pair;
 use crate::plan::Planted;
 use crate::world::World;
 
 /// Between two half steps, on average.
 const HALF_STEP_MS: u64 = 20;
+
+/// Before a comparison begins, and while it waits for what is on its way, so many times that passes.
+const PATIENCE: u64 = 5;
 
 /// A comparison that is under way.
 pub struct RunningScrub {
@@ -46,42 +50,66 @@ fn held(row: &DocumentRow) -> Option<Held> {
     if row.deleted_at_ms.is_some() {
         return Some(Held::Deleted);
     }
-    let heads: BTreeSet<ChangeHash> = row.heads(|_| true).into_iter().collect();
-    let mut complete: BTreeSet<ChangeHash> = BTreeSet::new();
-    let all = row.all();
-    let mut made: Vec<&Arc<Made>> = all.values().copied().collect();
-    made.sort_unstable_by_key(|it| it.number);
-    for it in made {
-        if it.change.deps.iter().all(|dep| complete.contains(dep)) {
-            complete.insert(it.change.hash);
-        }
-    }
-    let pending = all.keys().filter(|hash| !complete.contains(hash)).map(|hash| **hash).collect();
+    let Shape { heads, pending } = row.shape(|_| true);
     (!row.is_empty()).then_some(Held::Changes { heads, pending })
 }
 
-fn prints(disk: &Disk, groups: &BTreeSet<PlacementGroup>) -> Vec<(DocumentId, Fingerprint)> {
-    let shared = disk.documents.iter().filter(|(_, row)| groups.contains(&row.group));
-    shared.filter_map(|(id, row)| Some((id.clone(), fingerprint(id, &held(row)?)))).collect()
+fn print(document: &DocumentId, row: &DocumentRow) -> Option<Fingerprint> {
+    Some(fingerprint(document, &held(row)?))
+}
+
+/// The fingerprints of all documents of some groups. Those of documents that have not changed are not taken again.
+fn prints(disk: &mut Disk, groups: &BTreeSet<PlacementGroup>) -> Vec<(DocumentId, Fingerprint)> {
+    let Disk { documents, prints, .. } = disk;
+    let shared = documents.iter().filter(|(_, row)| groups.contains(&row.group));
+    let taken = shared.filter_map(|(id, row)| {
+        let print = prints.entry(id.clone()).or_insert_with(|| print(id, row));
+        Some((id.clone(), (*print)?))
+    });
+    taken.collect()
 }
 
 impl World {
-    pub fn scrub(&mut self) {
-        self.scrub_turns += 1;
+    /// Regions that something changes in are compared: nothing comes of looking at the same things twice.
+    pub fn has_moved(&mut self, concerns: impl Fn(&Pair) -> bool) {
+        self.pairs.iter_mut().filter(|pair| concerns(pair)).for_each(|pair| pair.has_moved = true);
+        self.scrub_soon();
+    }
+
+    fn scrub_soon(&mut self) {
+        if std::mem::replace(&mut self.scrub_is_scheduled, true) {
+            return;
+        }
         // Nothing is drawn for it, so that schedules are what they would be without.
         let delay = 1 + self.scrub_turns * 7_919 % (2 * HALF_STEP_MS);
-        self.after(delay, Event::Scrub);
+        let waits = self.running_scrub.as_ref().is_none_or(|it| it.comparison.awaited().is_some());
+        self.after(delay * if waits { PATIENCE } else { 1 }, Event::Scrub);
+    }
+
+    pub fn scrub(&mut self) {
+        self.scrub_turns += 1;
+        self.scrub_is_scheduled = false;
         match self.running_scrub.take() {
-            None => self.running_scrub = self.begin_scrub(),
+            None => self.running_scrub = self.begin_scrub(|pair| pair.has_moved),
             Some(running) if self.is_up(&running) => self.running_scrub = self.half_step(running),
             Some(_) => self.count("scrubs interrupted"),
         }
+        let is_due = |connection: usize| self.pairs[self.connections[connection].pair].has_moved;
+        if self.running_scrub.is_some() || self.open_connections().any(is_due) {
+            self.scrub_soon();
+        }
     }
 
-    fn begin_scrub(&mut self) -> Option<RunningScrub> {
+    /// The connections that are up on both sides.
+    fn open_connections(&self) -> impl Iterator<Item = usize> {
         let open = self.connections.iter().enumerate().filter(|(_, it)| it.open == [true; 2]);
-        let open: Vec<usize> = open.map(|(number, _)| number).collect();
-        let connection = *open.get(self.scrub_turns as usize % open.len().max(1))?;
+        open.map(|(number, _)| number)
+    }
+
+    fn begin_scrub(&mut self, is_due: impl Fn(&Pair) -> bool) -> Option<RunningScrub> {
+        let mut due = self.open_connections().collect::<Vec<_>>();
+        due.retain(|connection| is_due(&self.pairs[self.connections[*connection].pair]));
+        let connection = *due.get(self.scrub_turns as usize % due.len().max(1))?;
         let side = usize::from(self.scrub_turns.is_multiple_of(2));
         let ends = self.connections[connection].ends;
         let lives = [self.regions[ends[side]].life, self.regions[ends[1 - side]].life];
@@ -92,6 +120,8 @@ impl World {
             return None;
         }
         running.early = [self.noted(&running, 0)?, self.noted(&running, 1)?];
+        let pair = self.connections[connection].pair;
+        self.pairs[pair].has_moved = false;
         Some(running)
     }
 
@@ -133,8 +163,9 @@ impl World {
         Some(target)
     }
 
-    fn prints_of(&self, running: &RunningScrub, end: usize) -> Vec<(DocumentId, Fingerprint)> {
-        prints(&self.regions[self.end(running, end)].disk, &self.shared(running))
+    fn prints_of(&mut self, running: &RunningScrub, end: usize) -> Vec<(DocumentId, Fingerprint)> {
+        let (at, groups) = (self.end(running, end), self.shared(running));
+        prints(&mut self.regions[at].disk, &groups)
     }
 
     fn is_reached(&self, running: &RunningScrub, cut: &Cut) -> bool {
@@ -212,16 +243,28 @@ impl World {
         if verdict.moving > 0 {
             self.count("scrubs that saw documents move");
         }
-        let is_explained = self.tally.contains_key("pages") || !self.ledger.rolled_back.is_empty();
+        let is_explained = self.counts.has("pages") || !self.ledger.rolled_back.is_empty();
         if !verdict.differences.is_empty() && !is_explained {
             self.violate(Invariant::Scrub, || format!("a scrub reports {:?}", verdict.differences));
+        }
+    }
+
+    /// Fingerprints that were kept are those of what is there.
+    fn check_prints(&self) {
+        for region in &self.regions {
+            for (id, row) in &region.disk.documents {
+                let kept = region.disk.prints.get(id);
+                let is_right = kept.is_none_or(|kept| *kept == print(id, row));
+                assert!(is_right, "{} has an outdated fingerprint of {id:?}", region.name);
+            }
         }
     }
 
     /// A change vanishes from a disk. A comparison finds that, and nothing else that was not there before.
     pub fn check_scrub(&mut self) {
         self.running_scrub = None;
-        let Some(mut running) = self.begin_scrub() else { return };
+        self.check_prints();
+        let Some(mut running) = self.begin_scrub(|_| true) else { return };
         for end in 0..2 {
             let at = self.end(&running, end);
             let before: BTreeSet<DocumentId> = self.compared(&mut running).differences.into_keys().collect();
@@ -235,6 +278,7 @@ impl World {
             };
             let Some(row) = self.regions[at].disk.documents.get_mut(&document) else { return };
             let Some(lost) = row.changes.remove(&hash) else { return };
+            self.touch(at, &document);
             let after = self.compared(&mut running);
             let news: Vec<(DocumentId, Difference)> = after
                 .kinds()
@@ -251,11 +295,12 @@ impl World {
             // What the other region has of it comes back.
             let other = self.end(&running, 1 - end);
             let theirs = self.regions[other].disk.documents.get(&document).map(DocumentRow::all);
-            let theirs = theirs.into_iter().flatten().map(|(hash, made)| (*hash, made.clone()));
+            let theirs = theirs.into_iter().flatten().map(|made| (made.change.hash, made.clone()));
             let theirs: Vec<(ChangeHash, Arc<Made>)> = theirs.collect();
             if let Some(row) = self.regions[at].disk.documents.get_mut(&document) {
                 row.changes.extend(theirs);
             }
+            self.touch(at, &document);
             let repaired: BTreeSet<DocumentId> =
                 self.compared(&mut running).differences.into_keys().collect();
             if repaired.contains(&document) || !self.regions[at].disk.holds(&document, &hash) {

@@ -33,7 +33,7 @@ impl World {
         if self.is_planted(Planted::ForkOrigins) {
             // There is nothing to come to: what is forked stays as it is.
             self.audit();
-            return self.violation.map_or(Ok(self.tally), Err);
+            return self.violation.map_or(Ok(self.counts.tally()), Err);
         }
         self.calm_down();
         let paused_until = self.regions.iter().map(|region| region.paused_until).max().unwrap_or(0);
@@ -62,8 +62,9 @@ impl World {
         match self.violation {
             Some(violation) => Err(violation),
             None => {
-                self.tally.insert("events", self.events);
-                Ok(self.tally)
+                let mut tally = self.counts.tally();
+                tally.insert("events", self.events);
+                Ok(tally)
             }
         }
     }
@@ -136,7 +137,7 @@ impl World {
         let mut beyond = self.ledger.forgotten_deletions(&disks);
         for disk in &disks {
             for (document, row) in &disk.documents {
-                if row.all().into_keys().any(|hash| !self.ledger.is_covered(document, hash, &disks)) {
+                if row.all().any(|it| !self.ledger.is_covered(document, &it.change.hash, &disks)) {
                     beyond.insert(document.clone());
                 }
             }
@@ -182,7 +183,7 @@ impl World {
         let row = self.regions[at].disk.documents.get(document);
         State {
             deleted_at_ms: row.and_then(|row| row.deleted_at_ms),
-            changes: row.map(|row| row.all().into_keys().copied().collect()).unwrap_or_default(),
+            changes: row.map(|row| row.all().map(|it| it.change.hash).collect()).unwrap_or_default(),
             heads,
             pending,
         }
@@ -215,7 +216,7 @@ impl World {
 #[derive(Debug, PartialEq, Eq)]
 struct State {
     deleted_at_ms: Option<u64>,
-    changes: Vec<ChangeHash>,
+    changes: BTreeSet<ChangeHash>,
     /// `None`: it is not served.
     heads: Option<Vec<ChangeHash>>,
     pending: usize,

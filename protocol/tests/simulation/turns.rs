@@ -15,12 +15,16 @@ use crate::staging::ingest;
 use crate::trace;
 use crate::world::World;
 
+/// How often a client does something when faults are over: then it only hands over and takes what is left.
+const CALM_TURN_MS: u64 = 300;
+
 impl World {
     pub fn turn(&mut self, client: usize) {
         if client >= self.clients.len() {
             return;
         }
-        let delay = self.rng.range(1, 2 * self.plan.turn_every_ms);
+        let slow = if self.calm { CALM_TURN_MS } else { 0 };
+        let delay = self.rng.range(1, 2 * self.plan.turn_every_ms.max(slow));
         self.after(delay, Event::Turn(client));
         let at = self.clients[client].region;
         if self.regions[at].node.is_none() || self.rng.chance(5) {

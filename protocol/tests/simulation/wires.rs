@@ -78,6 +78,7 @@ impl World {
         }
         self.count("links");
         self.connections[connection].open[side] = true;
+        self.has_moved(|it| it.ends == ends);
         if side == 1 {
             // Whoever was dialled comes up first, and what it says is of this disk.
             self.connections[connection].disk_numbers = ends.map(|end| self.regions[end].disk_number);

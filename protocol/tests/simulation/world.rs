@@ -1,9 +1,9 @@
 //! The world: regions, the network and clients on one heap of events, in virtual time, out of one seed.
 
-use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
+use isobar_protocol::config::ACKNOWLEDGE_AFTER_MS;
 use isobar_protocol::ids::{ChangeHash, DocumentId, OriginId, PlacementGroup, RegionName, Seq};
 use isobar_protocol::replica::{LinkId, Moment, Replica};
 use uuid::Uuid;
@@ -11,7 +11,7 @@ use uuid::Uuid;
 use crate::change_bytes::Made;
 use crate::client::Client;
 use crate::disk::{Disk, OriginRow};
-use crate::events::{Event, Scheduled};
+use crate::events::{Agenda, Event};
 use crate::ledger::{Invariant, Ledger, Violation};
 use crate::network::{Connection, Pair};
 use crate::plan::{Plan, Planted};
@@ -27,11 +27,40 @@ const AUDIT_EVERY: u64 = 256;
 /// Timers are slower when faults are over: most of the time passes then, and little happens in it.
 const CALM_TICK_MS: u64 = 100;
 
+/// After a call a node's timer goes on so fast as the plan says for so long, as what is soon to be acknowledged waits for it.
+/// Where nothing happens it is slower: most of the time passes like that.
+const BUSY_MS: u64 = ACKNOWLEDGE_AFTER_MS * 11 / 10;
+const IDLE_TICK_MS: u64 = 500;
+const CALM_IDLE_TICK_MS: u64 = 1_000;
+
 /// More events than any schedule needs: one that has so many goes round in circles.
 const EVENTS_MAX: u64 = 2_000_000;
 
 /// How often what happened; to see that schedules reach what they are for.
 pub type Tally = BTreeMap<&'static str, u64>;
+
+/// A tally while it is made: it is added to all the time, and by few places, so names are found by where they are written.
+#[derive(Debug, Default)]
+pub struct Counts(Vec<(&'static str, u64)>);
+
+impl Counts {
+    pub fn add(&mut self, what: &'static str) {
+        match self.0.iter_mut().find(|(name, _)| std::ptr::eq(*name, what)) {
+            Some((_, count)) => *count += 1,
+            None => self.0.push((what, 1)),
+        }
+    }
+
+    pub fn has(&self, what: &str) -> bool {
+        self.0.iter().any(|(name, _)| *name == what)
+    }
+
+    pub fn tally(&self) -> Tally {
+        let mut tally = Tally::new();
+        self.0.iter().for_each(|(name, count)| *tally.entry(name).or_default() += count);
+        tally
+    }
+}
 
 pub struct World {
     pub now: u64,
@@ -42,8 +71,7 @@ pub struct World {
     pub calm: bool,
     /// Every region has everything: no entry and no document may be sent.
     pub silent: bool,
-    heap: BinaryHeap<Reverse<Scheduled>>,
-    scheduled: u64,
+    agenda: Agenda,
     pub regions: Vec<Region>,
     pub pairs: Vec<Pair>,
     pub connections: Vec<Connection>,
@@ -53,7 +81,7 @@ pub struct World {
     pub writes_left: usize,
     pub ledger: Ledger,
     pub violation: Option<Violation>,
-    pub tally: Tally,
+    pub counts: Counts,
     pub events: u64,
     /// The next connection on which a frame of this kind is sent breaks.
     pub trap: Option<&'static str>,
@@ -66,6 +94,7 @@ pub struct World {
     pub said: u64,
     pub running_scrub: Option<RunningScrub>,
     pub scrub_turns: u64,
+    pub scrub_is_scheduled: bool,
     links: u64,
 }
 
@@ -81,8 +110,7 @@ impl World {
             planted,
             calm: false,
             silent: false,
-            heap: BinaryHeap::new(),
-            scheduled: 0,
+            agenda: Agenda::default(),
             regions: Vec::new(),
             pairs: Vec::new(),
             connections: Vec::new(),
@@ -91,7 +119,7 @@ impl World {
             changes: HashMap::new(),
             ledger: Ledger::default(),
             violation: None,
-            tally: Tally::new(),
+            counts: Counts::default(),
             events: 0,
             trap: None,
             touched: Touched::new(),
@@ -100,6 +128,7 @@ impl World {
             said: 0,
             running_scrub: None,
             scrub_turns: 0,
+            scrub_is_scheduled: false,
             links: 0,
             plan,
         };
@@ -161,11 +190,10 @@ impl World {
             let who = self.rng.below(self.plan.regions);
             self.after(at, Event::Leave(who));
         }
-        self.after(1, Event::Scrub);
     }
 
     pub fn count(&mut self, what: &'static str) {
-        *self.tally.entry(what).or_default() += 1;
+        self.counts.add(what);
     }
 
     /// The first violation counts.
@@ -186,8 +214,7 @@ impl World {
     }
 
     pub fn at(&mut self, at: u64, event: Event) {
-        self.scheduled += 1;
-        self.heap.push(Reverse(Scheduled { at, number: self.scheduled, event }));
+        self.agenda.add(at, event);
     }
 
     pub fn new_link(&mut self) -> LinkId {
@@ -203,12 +230,7 @@ impl World {
     /// Runs events up to a moment, or the first violation.
     pub fn run_until(&mut self, until: u64) {
         while self.violation.is_none() {
-            match self.heap.peek() {
-                Some(Reverse(next)) if next.at <= until => {}
-                _ => break,
-            }
-            let Reverse(Scheduled { at, number, event }) =
-                self.heap.pop().expect("it was there a moment ago");
+            let Some((at, number, event)) = self.agenda.next(until) else { break };
             self.now = at;
             self.events += 1;
             self.step(number, event);
@@ -229,7 +251,7 @@ impl World {
         {
             // Under the same number: what waits for the end of a pause stays in its order, however often the pause is extended.
             let at = self.regions[region].paused_until;
-            return self.heap.push(Reverse(Scheduled { at, number, event }));
+            return self.agenda.put_back(at, number, event);
         }
         if !matches!(event, Event::Tick(..) | Event::Turn(_) | Event::Scrub) {
             trace::note(|| format!("{} {event:?}", self.now));
@@ -237,13 +259,7 @@ impl World {
         match event {
             Event::Tick(region, life) => {
                 if self.lives(region, life) {
-                    self.call(region, |replica, now| replica.tick(now));
-                    if self.lives(region, life) {
-                        self.refresh_interests(region);
-                        self.observe(region);
-                    }
-                    let slow = if self.calm { CALM_TICK_MS } else { 0 };
-                    self.after(self.plan.tick_every_ms.max(slow), Event::Tick(region, life));
+                    self.tick(region);
                 }
             }
             Event::Deliver { connection, from } => self.deliver(connection, from),
@@ -342,11 +358,55 @@ impl World {
 
     /// Calls a region's replica, if there is one, and performs what it wants done.
     pub fn call(&mut self, region: usize, call: impl FnOnce(&mut Replica, Moment)) {
+        let Some(node) = &mut self.regions[region].node else { return };
+        node.called_at = self.now;
+        self.tick_by(region, self.now + self.tick_every_ms());
+        self.call_quietly(region, call);
+    }
+
+    fn call_quietly(&mut self, region: usize, call: impl FnOnce(&mut Replica, Moment)) {
         let now = self.regions[region].clock.at(self.now);
         let Some(node) = &mut self.regions[region].node else { return };
         call(&mut node.replica, now);
         node.effects.extend(node.replica.effects());
         self.perform_effects(region);
+    }
+
+    /// A node's timer.
+    fn tick(&mut self, at: usize) {
+        let life = self.regions[at].life;
+        let node = self.regions[at].node.as_mut().expect("it lives");
+        if node.tick_at > self.now {
+            // It was called meanwhile, and has ticked earlier instead.
+            return;
+        }
+        node.tick_at = u64::MAX;
+        let is_busy = self.now <= node.called_at + BUSY_MS;
+        self.call_quietly(at, |replica, now| replica.tick(now));
+        if self.lives(at, life) {
+            self.refresh_interests(at);
+            self.observe(at);
+        }
+        let every = match is_busy {
+            true => self.tick_every_ms(),
+            false if self.calm => CALM_IDLE_TICK_MS,
+            false => IDLE_TICK_MS,
+        };
+        self.tick_by(at, self.now + every);
+    }
+
+    fn tick_every_ms(&self) -> u64 {
+        if self.calm { self.plan.tick_every_ms.max(CALM_TICK_MS) } else { self.plan.tick_every_ms }
+    }
+
+    /// Sees to it that a node's timer is through at some moment at the latest.
+    fn tick_by(&mut self, at: usize, moment: u64) {
+        let Region { life, node: Some(node), .. } = &mut self.regions[at] else { return };
+        if node.tick_at > moment {
+            node.tick_at = moment;
+            let tick = Event::Tick(at, *life);
+            self.at(moment, tick);
+        }
     }
 
     /// Starts a node from what is on its disk, under new origins.
@@ -363,20 +423,19 @@ impl World {
             groups.iter().map(|group| (group.clone(), self.claim(at, group))).collect();
         let region = &mut self.regions[at];
         region.life += 1;
-        let life = region.life;
         let origins = region.disk.vector();
         let replica = Replica::new(region.name.clone(), groups, origins, own.values().copied().collect());
         region.node = Some(Node::new(replica, own));
         let reached: Vec<(OriginId, Seq)> =
             region.disk.origins.iter().map(|(id, row)| (*id, row.seq)).collect();
         reached.iter().for_each(|(origin, seq)| self.ledger.note_reached(at, *origin, *seq));
-        self.after(self.plan.tick_every_ms, Event::Tick(at, life));
+        self.tick_by(at, self.now + self.plan.tick_every_ms);
         for pair in 0..self.pairs.len() {
             if self.pairs[pair].ends.contains(&at) {
                 self.dial_soon(pair);
             }
         }
-        self.audit();
+        self.audit_region(at);
     }
 
     /// Claims an origin for a group: a new one, whatever is there.
