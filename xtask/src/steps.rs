@@ -79,7 +79,7 @@ impl Step {
 
     pub fn run(self, scene: &mut Scene) -> Result<Outcome> {
         match self {
-            Self::Format => passed(Command::new("cargo").args(["fmt", "--all", "--check"]).run()),
+            Self::Format => passed(format()),
             Self::Licences => passed(licences::run()),
             Self::Lints => passed(lints()),
             Self::Wasm => passed(wasm::run()),
@@ -89,6 +89,16 @@ impl Step {
             Self::Fuzz => passed(fuzz::briefly()),
         }
     }
+}
+
+/// Packages outside the workspace, which have lock files of their own.
+const OUTSIDE: [&str; 2] = ["protocol/fuzz/Cargo.toml", "bench/peers/samod-server/Cargo.toml"];
+
+fn format() -> Result<()> {
+    Command::new("cargo").args(["fmt", "--all", "--check"]).run()?;
+    OUTSIDE.iter().try_for_each(|manifest| {
+        Command::new("cargo").args(["fmt", "--check", "--manifest-path", manifest]).run()
+    })
 }
 
 fn passed(result: Result<()>) -> Result<Outcome> {
