@@ -596,6 +596,11 @@ impl Replica {
         self.effects.push(Effect::OriginForked { origin: id, region, seq });
     }
 
+    /// How many origins are known, of all regions.
+    pub fn origin_count(&self) -> usize {
+        self.origins.len()
+    }
+
     /// Whether one more origin may become known.
     fn has_room(&self) -> bool {
         self.origins.len() < ORIGINS_MAX

@@ -18,6 +18,7 @@ use isobar_protocol::config::Limits;
 use isobar_protocol::graph::{Graph, Ingested, Refusal};
 use isobar_protocol::ids::{ChangeHash, DocumentId, PlacementGroup};
 use parking_lot::Mutex;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{OnceCell, mpsc};
 
 use crate::materialise::{MaterialiseError, Materialiser};
@@ -47,6 +48,9 @@ pub const DEFAULT_GROUP: &str = "default";
 
 /// A tail of more bytes is parsed on a blocking thread: it takes longer than a millisecond.
 const PARSE_INLINE_BYTES: usize = 128 << 10;
+
+/// Documents that may wait for a base; each stays in memory meanwhile.
+const COMPACTIONS_WAITING_MAX: usize = 1_024;
 
 /// Why a document cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -99,13 +103,13 @@ pub struct Documents {
     /// Runs that are being stored.
     applying: AtomicUsize,
     /// Each document stands here at most once.
-    compactions: mpsc::UnboundedSender<Arc<Document>>,
+    compactions: mpsc::Sender<Arc<Document>>,
 }
 
 /// The work of making bases, one at a time; to be run as a task.
 pub struct Compactor {
     documents: Arc<Documents>,
-    due: mpsc::UnboundedReceiver<Arc<Document>>,
+    due: mpsc::Receiver<Arc<Document>>,
 }
 
 impl Compactor {
@@ -129,7 +133,7 @@ impl Documents {
         resident_bytes_max: usize,
         idle: Duration,
     ) -> (Arc<Self>, Compactor) {
-        let (compactions, due) = mpsc::unbounded_channel();
+        let (compactions, due) = mpsc::channel(COMPACTIONS_WAITING_MAX);
         let documents = Arc::new(Self {
             storage,
             metrics,
@@ -200,10 +204,13 @@ impl Documents {
         self.slots.lock().values().filter_map(|slot| slot.document.get().cloned()).collect()
     }
 
-    /// Called when a document's commit says that its tail has grown long.
+    /// Called when a document's commit says that its tail has grown long. Without room it is left to a later commit, or to
+    /// when the document is idle: one that waits here cannot be evicted.
     pub fn request_base(&self, document: Arc<Document>) {
         // The receiver lives as long as the process serves.
-        let _ = self.compactions.send(document);
+        if let Err(TrySendError::Full(document)) = self.compactions.try_send(document) {
+            document.lock().compacting = false;
+        }
     }
 
     async fn load(&self, id: &DocumentId, group: &PlacementGroup) -> Result<Arc<Document>, LoadError> {
@@ -366,6 +373,8 @@ impl Documents {
         }
         // Left behind by loads that failed, with nobody waiting for another attempt.
         self.slots.lock().retain(|_, slot| slot.document.initialized() || Arc::strong_count(slot) > 1);
+        let waiting = self.compactions.max_capacity() - self.compactions.capacity();
+        self.metrics.compactions_waiting.set(waiting as f64);
         self.metrics.pending_changes.set(pending as f64);
         self.metrics.resident_bytes.set(resident_bytes as f64);
         self.metrics.documents_resident.set(self.slots.lock().len() as f64);

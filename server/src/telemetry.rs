@@ -101,6 +101,10 @@ pub struct Metrics {
     pub links_refused: Counter,
     pub links_superfluous: Counter,
     pub cloned_regions: Counter,
+    pub compactions_waiting: Gauge,
+    pub origins: Gauge,
+    pub replication_events_waiting: Gauge,
+    pub presence_documents: Gauge,
     pub siblings: Gauge,
     pub keeps_links: Gauge,
     pub followed_changes: Counter,
@@ -314,6 +318,12 @@ registered! {
         "Changes of other regions that were stored and do not fit their documents.";
     cold_changes: counter = "isobar_cold_changes_total",
         "Changes of other regions that were stored without their documents being in memory, or able to take them.";
+    compactions_waiting: gauge = "isobar_compactions_waiting", "Documents that wait for a base; at most 1,024.";
+    origins: gauge = "isobar_origins", "Logs of all regions that this one knows of; at most 65,536.";
+    replication_events_waiting: gauge = "isobar_replication_events_waiting",
+        "What links and the node have reported and replication has not taken yet; at most 256.";
+    presence_documents: gauge = "isobar_presence_documents",
+        "Documents that clients of the region have open; presence of other regions comes for 10,000 of them.";
     siblings: gauge = "isobar_siblings", "Other nodes of the region that share the database.";
     keeps_links: gauge = "isobar_keeps_links", "1 if this node keeps the region's links to others.";
     followed_changes: counter = "isobar_followed_changes_total", "Changes that siblings stored, offered to documents in memory.";

@@ -186,3 +186,38 @@ fn cut(document: &Document) -> Option<Cut> {
         changes: state.graph.changes(start..end).map(|(_, bytes)| bytes.clone()).collect(),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use isobar_protocol::config::Limits;
+
+    use super::*;
+    use crate::documents::COMPACTIONS_WAITING_MAX;
+    use crate::materialise::Materialiser;
+    use crate::storage::memory::MemoryStorage;
+    use crate::telemetry::Metrics;
+
+    #[tokio::test]
+    async fn a_document_without_room_to_wait_for_its_base_asks_again_later() {
+        let metrics = Arc::new(Metrics::new());
+        let materialiser = Materialiser::new(metrics.clone());
+        let storage = Arc::new(MemoryStorage::new());
+        let limits = Limits::default();
+        // Nobody makes bases.
+        let (documents, _compactor) =
+            Documents::new(storage, metrics, materialiser, limits, 1 << 20, Duration::ZERO);
+        let mut asked = Vec::new();
+        for number in 0..=COMPACTIONS_WAITING_MAX as u32 {
+            let id = DocumentId::from_slice(&number.to_be_bytes()).unwrap();
+            let document = documents.open(&id).await.unwrap();
+            document.lock().compacting = true;
+            documents.request_base(document.clone());
+            asked.push(document);
+        }
+        let last = asked.pop().unwrap();
+        assert!(asked.iter().all(|document| document.lock().compacting), "they wait");
+        assert!(!last.lock().compacting, "its next commit asks again");
+    }
+}

@@ -330,6 +330,11 @@ impl Task {
         self.parts.metrics.link_frames_waiting.set(waiting as f64);
         let answers: usize = self.links.values().map(|up| up.answers.under_way()).sum();
         self.parts.metrics.link_answers_waiting.set(answers as f64);
+        if let Some(events) = self.events.upgrade() {
+            let waiting = events.max_capacity() - events.capacity();
+            self.parts.metrics.replication_events_waiting.set(waiting as f64);
+        }
+        self.parts.metrics.origins.set(self.replica.origin_count() as f64);
         let bulk_bytes: usize = self.links.values().map(|up| up.outgoing.bulk_bytes()).sum();
         self.parts.metrics.link_bytes_waiting.set(bulk_bytes as f64);
         for status in &links {

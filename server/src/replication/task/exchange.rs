@@ -275,6 +275,7 @@ impl Task {
     pub(super) fn refresh_interests(&mut self) {
         let mut open = self.parts.documents.subscribed();
         open.extend(self.parts.exchange.open_at_siblings());
+        self.parts.metrics.presence_documents.set(open.len() as f64);
         let now = self.now();
         let news = self.exchange.interests.refresh(now, open);
         news.into_iter().for_each(|(link, frame)| self.send(link, frame));
