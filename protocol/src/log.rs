@@ -154,14 +154,6 @@ fn push_head(body: &mut Vec<u8>, kind: u8, document: &DocumentId) {
     body.extend_from_slice(id);
 }
 
-/// What every section of a document's changes begins with. A body without these bytes holds none of them; one with them
-/// may.
-pub fn changes_head(document: &DocumentId) -> Vec<u8> {
-    let mut head = Vec::new();
-    push_head(&mut head, KIND_CHANGES, document);
-    head
-}
-
 fn push_section(body: &mut Vec<u8>, section: &[&Entry]) {
     let Some(first) = section.first() else { return };
     push_head(body, first.content.kind(), &first.document);
@@ -265,15 +257,27 @@ pub fn run_length(body: &Bytes) -> Result<u64, RunError> {
 
 /// A body in which a document's changes are erased; `None` if it holds none of them. The chain over it stays.
 pub fn erase(body: &Bytes, document: &DocumentId) -> Result<Option<Vec<u8>>, RunError> {
+    erase_where(body, |found| found == document)
+}
+
+/// As [`erase`], for every document of which `is_gone` says so.
+pub fn erase_where(body: &Bytes, is_gone: impl Fn(&DocumentId) -> bool) -> Result<Option<Vec<u8>>, RunError> {
+    // Most bodies hold nothing to erase, and their changes need not be taken apart to see that.
+    let mut holds = false;
+    walk(body, |document, raw| {
+        holds = holds || matches!(raw, Raw::Change(_)) && is_gone(document);
+        Ok(())
+    })?;
+    if !holds {
+        return Ok(None);
+    }
     let mut entries = decode_run(body)?;
-    let mut erased = false;
-    for entry in entries.iter_mut().filter(|entry| entry.document == *document) {
+    for entry in entries.iter_mut().filter(|entry| is_gone(&entry.document)) {
         if let Content::Change { hash, .. } = entry.content {
             entry.content = Content::Erased { hash };
-            erased = true;
         }
     }
-    Ok(erased.then(|| encode_run(&entries)))
+    Ok(Some(encode_run(&entries)))
 }
 
 enum Raw {
@@ -458,6 +462,13 @@ mod tests {
         assert_eq!(erase(&whole, &document(3)), Ok(None), "it holds no changes, though entries");
         let erased = erase(&whole, &document(2)).unwrap().unwrap();
         assert_eq!(erase(&erased.into(), &document(2)), Ok(None), "a second time there is nothing left");
+    }
+
+    #[test]
+    fn several_documents_are_erased_at_once_as_one_after_the_other() {
+        let whole = body(&entries());
+        let one_by_one = erase(&erase(&whole, &document(1)).unwrap().unwrap().into(), &document(2)).unwrap();
+        assert_eq!(erase_where(&whole, |id| *id != document(3)).unwrap(), one_by_one);
     }
 
     #[test]

@@ -34,6 +34,7 @@ use crate::siblings::follow::{Follower, Positions};
 use crate::storage::{self, ClaimedOrigin, Storage, StorageError, StoredOrigin};
 use crate::telemetry::Metrics;
 
+mod erasure;
 mod regions;
 
 use regions::Regions;
@@ -150,6 +151,7 @@ impl App {
         let mut upkeep = vec![
             tokio::spawn(cancellable(stop_upkeep.clone(), compactor.run())),
             tokio::spawn(cancellable(stop_upkeep.clone(), sweep(node.clone()))),
+            tokio::spawn(cancellable(stop_upkeep.clone(), erasure::run(node.clone()))),
         ];
         let follow = receipts.run(node.replication.clone());
         upkeep.push(tokio::spawn(cancellable(stop_upkeep.clone(), follow)));

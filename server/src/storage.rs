@@ -36,9 +36,10 @@
 //!     start; another region's name is refused.
 //! 11. **Independent documents.** No call about one document reads or locks another's rows, except that appends
 //!     share the origin's counter.
-//! 12. **Deleted for good.** A tombstone removes the document, its changes and its base in its transaction, and erases
-//!     its changes from every stored run (their names, seqs and chain stay). Nothing appended later brings the document
-//!     back: its changes are left out, its log entries are stored. The earliest deletion time counts.
+//! 12. **Deleted for good.** A tombstone removes the document, its changes and its base in its transaction, and from then on
+//!     [`Storage::read_log`] shows the document's changes as erased (their names, seqs and chain stay), although they may still
+//!     stand in stored runs until [`Storage::erase_step`] has come to them (clause 18). Nothing appended later brings the
+//!     document back: its changes are left out, its log entries are stored. The earliest deletion time counts.
 //! 13. **Vectors are adopted forward.** [`Storage::adopt_origins`] raises counters of other regions' origins after a
 //!     snapshot, never lowers one, and leaves the log below truncated. Which documents the snapshot lacked is noted in the same
 //!     transaction ([`Storage::missing_documents`]): at no moment does a counter claim what is neither here nor noted.
@@ -54,6 +55,11 @@
 //! 17. **Nodes are registered.** The database remembers the nodes that were started on it ([`Storage::register_node`]), in
 //!     their order, the newest [`LINK_LINEAGE_MAX`] at least. A copy of the database has those of before it was made, and neither
 //!     has those of the other since.
+//! 18. **Erased step by step.** No append reads or rewrites the log because of a deletion. [`Storage::erase_step`] does,
+//!     with a bounded number of runs in one transaction, in the order of origins and seqs. How far it has come is stored with
+//!     what it has done, so that a pass over the log goes on after a crash, and two nodes may take steps at once. A pass erases
+//!     every deletion that was appended before it began, and ends when it has come to the end of every log, whatever was
+//!     appended meanwhile; a later deletion is erased by the next pass.
 
 mod bundle;
 mod clock;
@@ -176,6 +182,15 @@ pub struct StoredRun {
     /// The chain before the first entry.
     pub chain_before: Chain,
     pub body: Bytes,
+}
+
+/// What came of a step of erasing.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ErasureStep {
+    /// Stored runs that were rewritten without deleted documents' changes.
+    pub runs_erased: u64,
+    /// Deletions that are not erased yet.
+    pub deletions_left: u64,
 }
 
 /// How far another region has stored an origin's log, as it said last.
@@ -323,7 +338,7 @@ pub trait Storage: Send + Sync + 'static {
     /// Every origin that is known, this region's former ones included.
     async fn origins(&self) -> Result<Vec<StoredOrigin>, StorageError>;
 
-    /// Appends a batch (clauses 1–5 and 12). A document that does not exist is created.
+    /// Appends a batch (clauses 1–5, 12 and 18). A document that does not exist is created.
     ///
     /// # Panics
     /// If the counter of an own origin is not where its run begins, nor at this very run's end, although the incarnation
@@ -364,7 +379,7 @@ pub trait Storage: Send + Sync + 'static {
     async fn set_state(&self, document: &DocumentId, state: &DocumentState) -> Result<(), StorageError>;
 
     /// The runs of `origin` from the one that holds the entry after `after` on, in order, up to about `bytes_max` bytes
-    /// of bodies, at least one if there is any (clauses 2 and 8). The first may begin before `after`.
+    /// of bodies, at least one if there is any (clauses 2, 8 and 12). The first may begin before `after`.
     async fn read_log(
         &self,
         origin: OriginId,
@@ -381,6 +396,10 @@ pub trait Storage: Send + Sync + 'static {
         up_to: Seq,
         older_than: Duration,
     ) -> Result<(), StorageError>;
+
+    /// Erases changes of deleted documents from stored runs, reading about `runs_max` of them, at least one (clause 18). To be
+    /// called until no deletion is left.
+    async fn erase_step(&self, runs_max: usize) -> Result<ErasureStep, StorageError>;
 
     /// Raises other regions' origins to where a snapshot was taken, creating those that are not known, and notes which
     /// documents it lacked (clause 13).

@@ -98,6 +98,8 @@ pub struct Metrics {
     pub cold_changes: Counter,
     pub log_truncations: Counter,
     pub log_entries_held: Gauge,
+    pub log_runs_erased: Counter,
+    pub deletions_unerased: Gauge,
     pub links_refused: Counter,
     pub links_superfluous: Counter,
     pub cloned_regions: Counter,
@@ -358,6 +360,10 @@ registered! {
     log_truncations: counter = "isobar_log_truncations_total", "Times that the logs were truncated.";
     log_entries_held: gauge = "isobar_log_entries_held",
         "Log entries that are kept because a region that is waited for has not stored them.";
+    log_runs_erased: counter = "isobar_log_runs_erased_total",
+        "Stored runs of log entries that were rewritten without deleted documents' changes.";
+    deletions_unerased: gauge = "isobar_deletions_unerased",
+        "Deletions whose documents' changes may still stand in stored logs, where nobody gets to read them.";
     scrub_differences: counter = "isobar_scrub_differences_total",
         "Documents found by a check to differ from another region's although nothing was on its way.";
     scrub_repaired: counter = "isobar_scrub_repaired_total", "Documents of these that came to the same by the check.";

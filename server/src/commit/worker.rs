@@ -162,7 +162,7 @@ impl Worker {
             self.written.appended();
         }
         if !batch.deletions.is_empty() {
-            // Bytes of deleted documents go at once, and storage has erased them where they stand.
+            // Bytes of deleted documents go at once, and storage gives them to nobody any more.
             self.recent.clear();
         }
         for run in batch.runs {

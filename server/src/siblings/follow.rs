@@ -156,7 +156,7 @@ impl Follower {
         match open_run(&run.body, &Limits::stored()) {
             Ok(entries) => {
                 if entries.iter().any(|(_, opened)| matches!(opened, Opened::Tombstone { .. })) {
-                    // Bytes of deleted documents go at once, and storage has erased them where they stand.
+                    // Bytes of deleted documents go at once, and storage gives them to nobody any more.
                     self.committer.recent_log().clear();
                 }
                 let followed = self.documents.follow(entries, &origin.group, &self.committer);

@@ -1,7 +1,9 @@
 //! Runs of log entries as storage sees them: which of them a reader gets, what a refused append turns out to be, and how
-//! a deleted document's changes leave them.
+//! deleted documents' changes leave them.
 //!
 //! A run's body is packed by [`isobar_protocol::log`], and opaque here except to [`erase`].
+
+use std::collections::BTreeSet;
 
 use bytes::Bytes;
 use isobar_protocol::ids::{DocumentId, Incarnation, Seq};
@@ -9,8 +11,8 @@ use isobar_protocol::log::{self, Chain};
 
 use super::{Batch, RunAppend, StorageError, StoredRun, Writer};
 
-/// How many runs a search for a deleted document's changes looks at in one step.
-pub(super) const RUNS_SEARCHED_MAX: i64 = 256;
+/// About how many bytes of runs one step of erasing reads: what it keeps others waiting for.
+const ERASE_BYTES_MAX: usize = 4 << 20;
 
 /// Stored runs that do not follow each other, or do not end where the counter stands: the database is damaged.
 #[derive(Debug, thiserror::Error)]
@@ -138,18 +140,55 @@ fn is_stored(runs: &[RunAppend], found: &[Option<FoundCounter>]) -> bool {
 }
 
 /// A run's body without the changes of `documents`; `None` if it holds none of them (clause 12).
-pub(super) fn erase(body: &Bytes, documents: &[&DocumentId]) -> Result<Option<Bytes>, StorageError> {
-    let mut erased: Option<Bytes> = None;
-    for document in documents {
-        let current = erased.as_ref().unwrap_or(body);
-        let needle = log::changes_head(document);
-        if !current.windows(needle.len()).any(|window| window == needle) {
-            continue;
-        }
-        let without = log::erase(current, document).map_err(|error| StorageError::Fatal(Box::new(error)))?;
-        erased = without.map(Bytes::from).or(erased);
+pub(super) fn erase(body: &Bytes, documents: &BTreeSet<DocumentId>) -> Result<Option<Bytes>, StorageError> {
+    if documents.is_empty() {
+        return Ok(None);
     }
-    Ok(erased)
+    let without = log::erase_where(body, |document| documents.contains(document));
+    without.map(|body| body.map(Bytes::from)).map_err(|error| StorageError::Fatal(Box::new(error)))
+}
+
+/// Runs as a reader gets them while the changes of `unerased` may still stand in the log (clause 12).
+pub(super) fn erase_all(
+    runs: Vec<StoredRun>,
+    unerased: &BTreeSet<DocumentId>,
+) -> Result<Vec<StoredRun>, StorageError> {
+    let without = |run: StoredRun| {
+        let body = erase(&run.body, unerased)?;
+        Ok(StoredRun { body: body.unwrap_or(run.body), ..run })
+    };
+    runs.into_iter().map(without).collect()
+}
+
+/// What one step of erasing may still read, and what it has done (clause 18).
+pub(super) struct ErasureBudget {
+    pub runs: usize,
+    pub bytes: usize,
+    /// Runs that were rewritten.
+    pub rewritten: u64,
+}
+
+impl ErasureBudget {
+    pub fn new(runs: usize) -> Self {
+        Self { runs, bytes: ERASE_BYTES_MAX, rewritten: 0 }
+    }
+
+    pub fn is_spent(&self) -> bool {
+        self.runs == 0 || self.bytes == 0
+    }
+
+    /// Counts a run that was read. Returns what is to be stored in place of its body, if anything is.
+    pub fn erase(&mut self, run: &StoredRun, unerased: &BTreeSet<DocumentId>) -> Option<Bytes> {
+        self.runs = self.runs.saturating_sub(1);
+        self.bytes = self.bytes.saturating_sub(run.body.len());
+        // A body that cannot be read has no reader either, and shall not keep everything behind it from being erased.
+        let erased = erase(&run.body, unerased).unwrap_or_else(|error| {
+            tracing::error!(%error, first = run.first.0, last = run.last.0, "a stored run cannot be erased");
+            None
+        });
+        self.rewritten += u64::from(erased.is_some());
+        erased
+    }
 }
 
 #[cfg(test)]

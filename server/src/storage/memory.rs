@@ -3,6 +3,7 @@
 //! Nothing here fails or waits.
 
 mod append;
+mod erasure;
 mod seat;
 
 use std::collections::BTreeMap;
@@ -24,11 +25,11 @@ use parking_lot::{Mutex, MutexGuard};
 use uuid::Uuid;
 
 use super::clock::before_now_ms;
-use super::log_run::{check, gather};
+use super::log_run::{check, erase_all, gather};
 use super::{
-    Acknowledgement, Batch, ClaimedOrigin, DocumentState, ListedDocument, Member, NewBase, Storage,
-    StorageError, StorageStatistics, StoredBase, StoredChange, StoredDocument, StoredOrigin, StoredRun,
-    check_settable, new_storage_id,
+    Acknowledgement, Batch, ClaimedOrigin, DocumentState, ErasureStep, ListedDocument, Member, NewBase,
+    Storage, StorageError, StorageStatistics, StoredBase, StoredChange, StoredDocument, StoredOrigin,
+    StoredRun, check_settable, new_storage_id,
 };
 
 /// A handle to a store in memory.
@@ -44,6 +45,10 @@ struct Database {
     origins: BTreeMap<OriginId, Origin>,
     documents: BTreeMap<DocumentId, Document>,
     tombstones: BTreeMap<DocumentId, Tombstone>,
+    /// Deleted documents whose changes may still stand in the log.
+    unerased: BTreeMap<DocumentId, erasure::Pass>,
+    /// How far the pass has come that erases them, in each origin's log.
+    erasure_cursors: BTreeMap<OriginId, Seq>,
     acknowledgements: BTreeMap<(RegionName, OriginId), Seq>,
     /// The latest last.
     nodes: Vec<NodeId>,
@@ -342,7 +347,7 @@ impl Storage for MemoryStorage {
             bytes += run.body.len();
             fits
         });
-        gather(row.seq, after, runs.cloned().collect())
+        erase_all(gather(row.seq, after, runs.cloned().collect())?, &database.unerased())
     }
 
     async fn truncate_log(
@@ -361,6 +366,10 @@ impl Storage for MemoryStorage {
             });
         }
         Ok(())
+    }
+
+    async fn erase_step(&self, runs_max: usize) -> Result<ErasureStep, StorageError> {
+        Ok(self.database()?.erase_step(runs_max))
     }
 
     async fn adopt_origins(

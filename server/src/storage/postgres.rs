@@ -40,9 +40,9 @@ use super::rows::{
     loaded_document, node_id, read_runs, state_columns,
 };
 use super::{
-    Acknowledgement, Batch, ClaimedOrigin, DocumentState, ListedDocument, Member, NewBase, RunAppend,
-    Storage, StorageError, StorageStatistics, StoredChange, StoredDocument, StoredOrigin, StoredRun,
-    new_storage_id, schema,
+    Acknowledgement, Batch, ClaimedOrigin, DocumentState, ErasureStep, ListedDocument, Member, NewBase,
+    RunAppend, Storage, StorageError, StorageStatistics, StoredChange, StoredDocument, StoredOrigin,
+    StoredRun, new_storage_id, schema,
 };
 
 /// Connections for appends. An origin's appends follow each other; this allows a few origins and the writes of
@@ -58,9 +58,6 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// How long a call may take that moves a whole document.
 const BULK_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// How long an append may take that deletes documents: it rewrites every run of the log that holds their changes.
-const DELETION_TIMEOUT: Duration = Duration::from_secs(600);
 
 type Statement<'q> = Query<'q, Postgres, PgArguments>;
 type StatementAs<'q, T> = QueryAs<'q, Postgres, T, PgArguments>;
@@ -319,6 +316,10 @@ impl Storage for PostgresStorage {
             .bind(clamped(up_to.0))
             .bind(before_now_ms(older_than));
         self.execute(query).await.map(drop)
+    }
+
+    async fn erase_step(&self, runs_max: usize) -> Result<ErasureStep, StorageError> {
+        deletion::erase_step(self, runs_max).await
     }
 
     async fn adopt_origins(

@@ -1,5 +1,7 @@
 //! The rows that the shared statements return, and what they mean. Both databases read them by the same names.
 
+use std::collections::BTreeSet;
+
 use bytes::Bytes;
 use isobar_protocol::ids::{DocumentId, Incarnation, OriginId, PlacementGroup, RegionName, Seq};
 use isobar_protocol::link::MissingDocument;
@@ -10,7 +12,7 @@ use uuid::Uuid;
 
 use super::bundle::Tail;
 use super::failure::{intact, unsigned};
-use super::log_run::{FoundCounter, gather};
+use super::log_run::{FoundCounter, erase_all, gather};
 use super::{
     Acknowledgement, ClaimedOrigin, DocumentState, ListedDocument, Member, StorageError, StoredBase,
     StoredDocument, StoredOrigin, StoredRun,
@@ -180,21 +182,50 @@ impl RunColumns {
     }
 }
 
-/// Of [`super::schema::READ_LOG`].
+/// Of [`super::schema::READ_LOG`]: a run, or the origin's counter alone, or a document whose deletion is not erased yet.
 #[derive(FromRow)]
 pub(super) struct LogRow {
-    seq: i64,
+    seq: Option<i64>,
     #[sqlx(flatten)]
     run: RunColumns,
 }
 
-/// What a reader at `after` gets (clause 8). No rows: the origin is not known.
+/// What a read of an origin's log finds, before anything is erased.
+pub(super) struct FoundLog {
+    /// The origin's counter; `None` if it is not known.
+    seq: Option<Seq>,
+    pub runs: Vec<StoredRun>,
+    pub unerased: BTreeSet<DocumentId>,
+}
+
+impl FoundLog {
+    pub fn from_rows(rows: Vec<LogRow>) -> Result<Self, StorageError> {
+        let mut found = Self { seq: None, runs: Vec::new(), unerased: BTreeSet::new() };
+        for LogRow { seq, run } in rows {
+            let Some(seq) = seq else {
+                let document = present(run.body, "document")?;
+                found.unerased.insert(intact(DocumentId::from_slice(&document))?);
+                continue;
+            };
+            found.seq = Some(Seq(unsigned(seq)?));
+            found.runs.extend(run.run()?);
+        }
+        Ok(found)
+    }
+
+    /// Up to where the log was read, and whether that is its end. Where nothing is stored nothing is left to read.
+    pub fn reach(&self) -> (Seq, bool) {
+        let seq = self.seq.unwrap_or(Seq(0));
+        let reached = self.runs.last().map_or(seq, |run| run.last);
+        (reached, reached >= seq)
+    }
+}
+
+/// What a reader at `after` gets (clauses 8 and 12). Nothing of an origin that is not known.
 pub(super) fn read_runs(rows: Vec<LogRow>, after: Seq) -> Result<Vec<StoredRun>, StorageError> {
-    let Some(first) = rows.first() else { return Ok(Vec::new()) };
-    let seq = Seq(unsigned(first.seq)?);
-    let runs: Result<Vec<Option<StoredRun>>, StorageError> =
-        rows.into_iter().map(|row| row.run.run()).collect();
-    gather(seq, after, runs?.into_iter().flatten().collect())
+    let found = FoundLog::from_rows(rows)?;
+    let Some(seq) = found.seq else { return Ok(Vec::new()) };
+    erase_all(gather(seq, after, found.runs)?, &found.unerased)
 }
 
 /// Of [`super::schema::READ_COUNTER`].

@@ -4,7 +4,7 @@ use isobar_protocol::ids::{DocumentId, PlacementGroup, RegionName};
 use sqlx::migrate::Migrator;
 
 use super::failure::intact;
-use super::{DocumentAppend, StorageError};
+use super::{Deletion, DocumentAppend, StorageError};
 
 /// One snapshot of a document: one row holds the document and its base, or its tombstone, each other row a bundle of
 /// changes. One statement, because that is what sees one snapshot in either database (clause 6).
@@ -90,8 +90,12 @@ pub(super) const SET_STATE: &str = "UPDATE documents SET state = $2, state_reaso
 /// The origin's counter, and its runs that end after `$2`: the first, and those before which less than `$3` bytes of
 /// bodies stand; at most `$4`. One row without a run if there is none. The lengths are looked at first, so that no body
 /// is read in vain.
+///
+/// The documents whose deletions are not erased yet come as rows without a counter, in place of a body: one statement, so that
+/// they are those of the same snapshot as the runs.
 pub(super) const READ_LOG: &str = "\
-    SELECT o.seq, l.first_seq, l.last_seq, l.chain_before, l.body \
+    SELECT o.seq AS seq, l.first_seq AS first_seq, l.last_seq AS last_seq, l.chain_before AS chain_before, \
+           l.body AS body \
     FROM origins o LEFT JOIN log l ON l.origin = o.id AND l.last_seq > $2 AND l.last_seq <= coalesce(( \
         SELECT max(m.last_seq) FROM ( \
             SELECT n.last_seq, sum(n.bytes) OVER (ORDER BY n.last_seq) - n.bytes AS bytes_before FROM ( \
@@ -100,7 +104,10 @@ pub(super) const READ_LOG: &str = "\
             ) AS n \
         ) AS m WHERE m.bytes_before < $3 \
     ), 0) \
-    WHERE o.id = $1 ORDER BY l.last_seq";
+    WHERE o.id = $1 \
+    UNION ALL \
+    SELECT NULL, NULL, NULL, NULL, document_id FROM tombstones WHERE erasure > 0 \
+    ORDER BY last_seq";
 
 /// Two nodes that are started at once may get the same number.
 pub(super) const REGISTER_NODE: &str = "\
@@ -133,11 +140,30 @@ pub(super) const READ_COUNTER: &str = "\
 /// Erases changes from a run.
 pub(super) const REPLACE_BODY: &str = "UPDATE log SET body = $3 WHERE origin = $1 AND last_seq = $2";
 
-/// The earliest time counts.
+/// The earliest time counts. A document that is deleted again is erased again: entries may have come since.
 pub(super) const PUT_TOMBSTONE: &str = "\
-    INSERT INTO tombstones (document_id, placement_group, deleted_at) VALUES ($1, $2, $3) \
-    ON CONFLICT (document_id) DO UPDATE SET deleted_at = excluded.deleted_at \
-    WHERE tombstones.deleted_at > excluded.deleted_at";
+    INSERT INTO tombstones (document_id, placement_group, deleted_at, erasure) VALUES ($1, $2, $3, 2) \
+    ON CONFLICT (document_id) DO UPDATE SET erasure = 2, deleted_at = \
+        CASE WHEN tombstones.deleted_at < excluded.deleted_at THEN tombstones.deleted_at ELSE excluded.deleted_at END";
+
+pub(super) const COUNT_UNERASED: &str = "SELECT count(*) FROM tombstones WHERE erasure > 0";
+
+/// Takes the deletions that wait into the next pass over the log, unless one is under way.
+pub(super) const BEGIN_ERASURE: &str = "\
+    UPDATE tombstones SET erasure = 1 WHERE erasure = 2 AND NOT EXISTS (SELECT 1 FROM erasure_cursors)";
+
+/// At most `$1` origins with entries that the pass has not come to, and how far it has come in each.
+pub(super) const READ_UNSEARCHED: &str = "\
+    SELECT o.id, coalesce(c.last_seq, 0) FROM origins o LEFT JOIN erasure_cursors c ON c.origin = o.id \
+    WHERE o.seq > coalesce(c.last_seq, 0) ORDER BY o.id LIMIT $1";
+
+pub(super) const PUT_CURSOR: &str = "\
+    INSERT INTO erasure_cursors (origin, last_seq) VALUES ($1, $2) \
+    ON CONFLICT (origin) DO UPDATE SET last_seq = excluded.last_seq";
+
+/// When the pass has come to the end of every log.
+pub(super) const FINISH_ERASURE: [&str; 2] =
+    ["UPDATE tombstones SET erasure = 0 WHERE erasure = 1", "DELETE FROM erasure_cursors"];
 
 /// All that a document has but its tombstone.
 pub(super) const DELETE_DOCUMENT: [&str; 4] = [
@@ -237,4 +263,11 @@ pub(super) fn documents(batch: &[DocumentAppend]) -> Vec<(&DocumentId, &Placemen
     documents.sort_by_key(|(id, _)| *id);
     documents.dedup_by_key(|(id, _)| *id);
     documents
+}
+
+/// Deletions in the order of their documents: whoever locks several tombstones does so in this order.
+pub(super) fn ordered(deletions: &[Deletion]) -> Vec<&Deletion> {
+    let mut ordered: Vec<&Deletion> = deletions.iter().collect();
+    ordered.sort_by_key(|deletion| &deletion.document);
+    ordered
 }

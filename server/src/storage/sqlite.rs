@@ -38,9 +38,9 @@ use super::rows::{
     loaded_document, node_id, read_runs, state_columns,
 };
 use super::{
-    Acknowledgement, Batch, ClaimedOrigin, DocumentState, ListedDocument, Member, NewBase, RunAppend,
-    Storage, StorageError, StorageStatistics, StoredChange, StoredDocument, StoredOrigin, StoredRun,
-    new_storage_id, schema,
+    Acknowledgement, Batch, ClaimedOrigin, DocumentState, ErasureStep, ListedDocument, Member, NewBase,
+    RunAppend, Storage, StorageError, StorageStatistics, StoredChange, StoredDocument, StoredOrigin,
+    StoredRun, new_storage_id, schema,
 };
 
 /// A SQLite database that is open.
@@ -197,10 +197,9 @@ impl Storage for SqliteStorage {
         if batch.runs.is_empty() && batch.changes.is_empty() && batch.deletions.is_empty() {
             return Ok(());
         }
-        let seen = deletion::look(self, &batch.deletions).await?;
         let mut writer = self.settled_writer().await?;
         writer.unsettled = true;
-        let appended = append::run(&mut writer.connection, batch, seen).await?;
+        let appended = append::run(&mut writer.connection, batch).await?;
         if let Appended::Committed = appended {
             writer.unsettled = false;
             return Ok(());
@@ -326,6 +325,10 @@ impl Storage for SqliteStorage {
             .await
             .map_err(failed)?;
         Ok(())
+    }
+
+    async fn erase_step(&self, runs_max: usize) -> Result<ErasureStep, StorageError> {
+        deletion::erase_step(self, runs_max).await
     }
 
     async fn adopt_origins(

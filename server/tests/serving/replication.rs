@@ -307,6 +307,12 @@ async fn a_deletion_is_logged_once_and_reaches_those_who_have_the_document_open(
     let own = node.parts.committer.progress().borrow()[0].clone();
     assert_eq!(committer.recent_log().read(own.origin, Seq(0), 1000), None, "it held the bytes");
     assert_eq!(committer.recent_log().read(own.origin, own.seq, 1000), Some(Vec::new()));
+    eventually("the stored log is erased", async || {
+        node.metric("isobar_log_runs_erased_total").await == 1.0
+            && node.metric("isobar_deletions_unerased").await == 0.0
+    })
+    .await;
+    assert_eq!(own_log(&store, &node).await, log);
 }
 
 #[tokio::test]

@@ -9,8 +9,8 @@ use isobar::storage::memory::MemoryStorage;
 use isobar::storage::postgres::PostgresStorage;
 use isobar::storage::sqlite::SqliteStorage;
 use isobar::storage::{
-    Batch, ClaimedOrigin, Deletion, DocumentAppend, NewBase, RunAppend, Storage, StorageError, StoredChange,
-    StoredDocument, Writer,
+    Batch, ClaimedOrigin, Deletion, DocumentAppend, ErasureStep, NewBase, RunAppend, Storage, StorageError,
+    StoredChange, StoredDocument, Writer,
 };
 use isobar_protocol::ids::{ChangeHash, DocumentId, OriginId, PlacementGroup, RegionName, Seq};
 use isobar_protocol::log::{self, Chain, Content, Entry};
@@ -270,6 +270,16 @@ pub fn deletion(origin: &ClaimedOrigin, seq: u64, number: u8, deleted_at_ms: u64
     let run = run(origin.id, own(origin), Seq(seq), &[entry]);
     let deletion = Deletion { document: document(number), group: group(), deleted_at_ms };
     Batch { runs: vec![run], changes: Vec::new(), deletions: vec![deletion] }
+}
+
+/// Takes steps until no deletion is left to be erased; what each did.
+pub async fn erase_all(storage: &dyn Storage, runs_max: usize) -> Vec<ErasureStep> {
+    let mut steps = Vec::new();
+    while steps.last().is_none_or(|step: &ErasureStep| step.deletions_left > 0) {
+        assert!(steps.len() < 1_000, "erasing does not come to an end");
+        steps.push(storage.erase_step(runs_max).await.unwrap());
+    }
+    steps
 }
 
 /// Appends changes under an own origin; the last seq. What most tests do.

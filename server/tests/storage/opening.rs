@@ -1,7 +1,7 @@
 //! Clauses 9 and 10: opening, and what else concerns the whole database.
 
 use futures_util::future::join_all;
-use isobar::storage::{StorageError, StoredChange};
+use isobar::storage::{DocumentState, ErasureStep, StorageError, StoredChange};
 use isobar_protocol::config::LINK_LINEAGE_MAX;
 use isobar_protocol::ids::{RegionName, Seq};
 use isobar_protocol::link::handshake::NodeId;
@@ -185,4 +185,45 @@ async fn clause_9_a_postgres_database_of_before_several_regions_keeps_its_docume
     let old = Old::new();
     make_old!(postgres.connect().await, "../migrations/postgres", &old);
     old.check(&database, "the-storage").await;
+}
+
+/// Runs the migrations of before deletions were erased step by step, and inserts a tombstone of their time.
+macro_rules! make_deleted {
+    ($connection:expr, $migrations:literal) => {{
+        let mut connection = $connection;
+        let mut of_before = sqlx::migrate!($migrations);
+        of_before.migrations.to_mut().retain(|it| it.version <= 4);
+        of_before.run(&mut connection).await.unwrap();
+        let tombstone = "INSERT INTO tombstones (document_id, placement_group, deleted_at) \
+                         VALUES ($1, 'everywhere', 500)";
+        let id = document(1).as_bytes().to_vec();
+        sqlx::query(tombstone).bind(id).execute(&mut connection).await.unwrap();
+        connection.close().await.unwrap();
+    }};
+}
+
+/// Nothing is left to do for a deletion of before.
+async fn check_deleted(database: &Database) {
+    let storage = database.open().await;
+    assert_eq!(load(&*storage, 1).await.state, DocumentState::Deleted { deleted_at_ms: 500 });
+    assert_eq!(storage.erase_step(10).await.unwrap(), ErasureStep::default());
+}
+
+#[tokio::test]
+async fn clause_9_deletions_of_before_count_as_erased_in_sqlite() {
+    let database = Database::sqlite().await;
+    let Database::Sqlite(directory) = &database else { unreachable!() };
+    let file = sqlite_file(directory.path());
+    std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+    let options = SqliteConnectOptions::new().filename(&file).create_if_missing(true);
+    make_deleted!(SqliteConnection::connect_with(&options).await.unwrap(), "../migrations/sqlite");
+    check_deleted(&database).await;
+}
+
+#[tokio::test]
+async fn clause_9_deletions_of_before_count_as_erased_in_postgres() {
+    let database = Database::postgres().await;
+    let Database::Postgres(postgres) = &database else { unreachable!() };
+    make_deleted!(postgres.connect().await, "../migrations/postgres");
+    check_deleted(&database).await;
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use isobar::storage::postgres::PostgresStorage;
-use isobar::storage::{ClaimedOrigin, Storage, StorageError};
+use isobar::storage::{Batch, ClaimedOrigin, Storage, StorageError};
 use isobar_protocol::ids::Seq;
 use isobar_testkit::{Durability, PostgresCluster, TestServer};
 use sqlx::Connection;
@@ -185,6 +185,66 @@ async fn clause_9_a_newer_schema_is_refused_and_left_as_it_is() {
     let tables = "SELECT count(*) FROM pg_tables WHERE tablename = 'changes'";
     let tables: i64 = sqlx::query_scalar(tables).fetch_one(&mut database.connect().await).await.unwrap();
     assert_eq!(tables, 0);
+}
+
+#[tokio::test]
+async fn clause_18_a_deletion_does_without_the_log_until_it_is_erased() {
+    let database = database().await;
+    let storage = open(&database).await;
+    let origin = claim(&*storage, 0).await;
+    append_own(&*storage, &origin, Seq(1), &[append(1, 0..2)]).await.unwrap();
+    let mut beside = database.connect().await;
+    let mut lock = beside.begin().await.unwrap();
+    sqlx::query("LOCK TABLE log IN ACCESS EXCLUSIVE MODE").execute(&mut *lock).await.unwrap();
+    let unlogged = Batch { runs: Vec::new(), ..deletion(&origin, 3, 1, 500) };
+    let deleted = tokio::time::timeout(Duration::from_secs(5), storage.append(&unlogged)).await;
+    deleted.expect("a deletion waited for the log").unwrap();
+    assert_eq!(load(&*storage, 1).await.tail, []);
+    lock.rollback().await.unwrap();
+    assert!(whole_log(&*storage, &origin).await.iter().all(|entry| entry.erased));
+    let holding = "SELECT count(*) FROM log WHERE position('the bytes of change'::bytea IN body) > 0";
+    for left in [1, 0] {
+        let found: i64 = sqlx::query_scalar(holding).fetch_one(&mut beside).await.unwrap();
+        assert_eq!(found, left);
+        erase_all(&*storage, 10).await;
+    }
+}
+
+#[tokio::test]
+async fn clause_18_appends_do_not_wait_for_a_step_of_erasing() {
+    let database = database().await;
+    let storage = open(&database).await;
+    let origin = claim(&*storage, 0).await;
+    append_own(&*storage, &origin, Seq(1), &[append(1, 0..2), append(2, 2..3)]).await.unwrap();
+    storage.append(&deletion(&origin, 4, 1, 500)).await.unwrap();
+    let mut beside = database.connect().await;
+    let mut lock = beside.begin().await.unwrap();
+    // Holds the step up in its middle, when it wants to replace the run.
+    sqlx::query("SELECT 1 FROM log FOR UPDATE").fetch_all(&mut *lock).await.unwrap();
+    let step = tokio::spawn({
+        let storage = Arc::clone(&storage);
+        async move { storage.erase_step(10).await }
+    });
+    let waiting = "SELECT EXISTS (SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' \
+                   AND datname = current_database() AND query LIKE 'UPDATE log%')";
+    let mut watcher = database.connect().await;
+    while !sqlx::query_scalar::<_, bool>(waiting).fetch_one(&mut watcher).await.unwrap() {
+        assert!(!step.is_finished(), "the step was not held up");
+        tokio::task::yield_now().await;
+    }
+    let appends = async {
+        append_own(&*storage, &origin, Seq(5), &[append(2, 3..4), append(3, 4..5)]).await.unwrap();
+        storage.append(&deletion(&origin, 7, 2, 500)).await.unwrap();
+    };
+    tokio::time::timeout(Duration::from_secs(5), appends).await.expect("an append waited for the step");
+    lock.rollback().await.unwrap();
+    step.await.unwrap().unwrap();
+    erase_all(&*storage, 10).await;
+    let log = whole_log(&*storage, &origin).await;
+    assert_eq!(
+        log.iter().map(|it| it.erased).collect::<Vec<_>>(),
+        [true, true, true, false, true, false, false]
+    );
 }
 
 #[tokio::test]

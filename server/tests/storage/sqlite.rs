@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use isobar::storage::StorageError;
 use isobar::storage::sqlite::SqliteStorage;
+use isobar::storage::{Batch, StorageError};
 use isobar_protocol::ids::Seq;
 use sqlx::Connection;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
@@ -72,6 +72,27 @@ async fn clause_9_a_newer_schema_is_refused_and_left_as_it_is() {
         "{refused:?}"
     );
     assert!(before == std::fs::read(sqlite_file(directory.path())).unwrap());
+}
+
+#[tokio::test]
+async fn clause_18_a_deletion_does_without_the_log_until_it_is_erased() {
+    let database = Database::sqlite().await;
+    let storage = database.open().await;
+    let origin = claim(&*storage, 0).await;
+    append_own(&*storage, &origin, Seq(1), &[append(1, 0..2)]).await.unwrap();
+    let Database::Sqlite(directory) = &database else { unreachable!() };
+    run(directory, "ALTER TABLE log RENAME TO out_of_reach").await;
+    let unlogged = Batch { runs: Vec::new(), ..deletion(&origin, 3, 1, 500) };
+    storage.append(&unlogged).await.unwrap();
+    assert_eq!(load(&*storage, 1).await.tail, []);
+    run(directory, "ALTER TABLE out_of_reach RENAME TO log").await;
+    assert!(whole_log(&*storage, &origin).await.iter().all(|entry| entry.erased));
+    let holding = "SELECT count(*) FROM log WHERE instr(body, CAST('the bytes of change' AS BLOB)) > 0";
+    for left in [1, 0] {
+        let found: i64 = sqlx::query_scalar(holding).fetch_one(&mut beside(directory).await).await.unwrap();
+        assert_eq!(found, left);
+        erase_all(&*storage, 10).await;
+    }
 }
 
 #[cfg(unix)]

@@ -1,10 +1,9 @@
 //! Appending to the store in memory: first every counter is compared, then everything is stored.
 
-use isobar_protocol::ids::{DocumentId, OriginId};
-
+use super::erasure::Pass;
 use super::{Database, LoggedRun, Origin, Tombstone};
 use crate::storage::clock::now_ms;
-use crate::storage::log_run::{FoundCounter, erase, judge_refused};
+use crate::storage::log_run::{FoundCounter, judge_refused};
 use crate::storage::{Batch, Deletion, DocumentAppend, RunAppend, StorageError, StoredRun, Writer};
 
 pub(super) fn append(database: &mut Database, batch: &Batch) -> Result<(), StorageError> {
@@ -12,26 +11,10 @@ pub(super) fn append(database: &mut Database, batch: &Batch) -> Result<(), Stora
         let found: Vec<_> = batch.runs.iter().map(|run| database.found_counter(run)).collect();
         return judge_refused(&batch.runs, &found);
     }
-    // What may fail comes before anything is changed.
-    let gone: Vec<&DocumentId> = batch.deletions.iter().map(|deletion| &deletion.document).collect();
-    let erased = database.erased_runs(&gone)?;
-    let runs: Result<Vec<StoredRun>, StorageError> =
-        batch.runs.iter().map(|run| stored(run, &gone)).collect();
-    for (run, stored) in batch.runs.iter().zip(runs?) {
-        database.store_run(run, stored);
-    }
-    for (origin, run) in erased {
-        let logged = database.origins.get_mut(&origin).and_then(|origin| origin.log.get_mut(&run.last));
-        logged.expect("it was found under the same lock").run = run;
-    }
+    batch.runs.iter().for_each(|run| database.store_run(run));
     batch.changes.iter().for_each(|append| database.store_changes(append));
     batch.deletions.iter().for_each(|deletion| database.delete(deletion));
     Ok(())
-}
-
-fn stored(run: &RunAppend, gone: &[&DocumentId]) -> Result<StoredRun, StorageError> {
-    let body = erase(&run.body, gone)?.unwrap_or_else(|| run.body.clone());
-    Ok(StoredRun { first: run.first, last: run.last, chain_before: run.chain_before, body })
 }
 
 impl Database {
@@ -55,23 +38,9 @@ impl Database {
         })
     }
 
-    /// The stored runs that hold changes of these documents, without them.
-    fn erased_runs(&self, gone: &[&DocumentId]) -> Result<Vec<(OriginId, StoredRun)>, StorageError> {
-        let mut erased = Vec::new();
-        if gone.is_empty() {
-            return Ok(erased);
-        }
-        for (&id, origin) in &self.origins {
-            for LoggedRun { run, .. } in origin.log.values() {
-                if let Some(body) = erase(&run.body, gone)? {
-                    erased.push((id, StoredRun { body, ..run.clone() }));
-                }
-            }
-        }
-        Ok(erased)
-    }
-
-    fn store_run(&mut self, run: &RunAppend, stored: StoredRun) {
+    fn store_run(&mut self, run: &RunAppend) {
+        let RunAppend { first, last, chain_before, ref body, .. } = *run;
+        let stored = StoredRun { first, last, chain_before, body: body.clone() };
         let origin = match &run.writer {
             Writer::Own { .. } => self.origins.get_mut(&run.origin).expect("its incarnation was compared"),
             Writer::Other { region } => {
@@ -94,6 +63,7 @@ impl Database {
 
     fn delete(&mut self, deletion: &Deletion) {
         self.documents.remove(&deletion.document);
+        self.unerased.insert(deletion.document.clone(), Pass::Next);
         let Deletion { document, group, deleted_at_ms } = deletion.clone();
         let tombstone = self.tombstones.entry(document).or_insert(Tombstone { group, deleted_at_ms });
         tombstone.deleted_at_ms = tombstone.deleted_at_ms.min(deleted_at_ms);

@@ -4,8 +4,7 @@ use sqlx::error::BoxDynError;
 use sqlx::postgres::{PgArguments, PgConnection};
 use sqlx::{Arguments, Connection};
 
-use super::deletion::{self, Seen};
-use super::{BULK_TIMEOUT, CALL_TIMEOUT, DELETION_TIMEOUT, PostgresStorage, failed};
+use super::{BULK_TIMEOUT, CALL_TIMEOUT, PostgresStorage, deletion, failed};
 use crate::storage::bundle::{Bundle, bundle};
 use crate::storage::clock::now_ms;
 use crate::storage::failure::signed;
@@ -95,31 +94,15 @@ const DIVISION_BY_ZERO: &str = "22012";
 
 /// Appends a batch; `false` if some counter was elsewhere or some incarnation is an older one, and nothing was stored.
 pub(super) async fn append(storage: &PostgresStorage, batch: &Batch) -> Result<bool, StorageError> {
-    let seen = look(storage, batch).await?;
     let statements = statements(batch).map_err(|error| failed(sqlx::Error::Encode(error)))?;
     let bytes: usize = batch.runs.iter().map(|run| run.body.len()).sum();
-    let limit = match () {
-        () if !batch.deletions.is_empty() => DELETION_TIMEOUT,
-        () if statements.len() > 1 || bytes > STATEMENT_BYTES_MAX => BULK_TIMEOUT,
-        () => CALL_TIMEOUT,
-    };
+    let is_bulk = statements.len() > 1 || bytes > STATEMENT_BYTES_MAX || !batch.deletions.is_empty();
+    let limit = if is_bulk { BULK_TIMEOUT } else { CALL_TIMEOUT };
     let mut lease = storage.writers.lease().await?;
-    let work = run(&mut lease.connection, statements, batch, seen);
+    let work = run(&mut lease.connection, statements, batch);
     let raised = storage.writers.finish(limit, work).await?;
     lease.give_back();
     Ok(raised)
-}
-
-/// What can be looked for before the transaction.
-async fn look(storage: &PostgresStorage, batch: &Batch) -> Result<Seen, StorageError> {
-    let mut seen = Seen::default();
-    if !batch.deletions.is_empty() {
-        let mut lease = storage.readers.lease().await?;
-        let search = seen.search(&mut lease.connection, &batch.deletions);
-        storage.readers.finish(DELETION_TIMEOUT, search).await?;
-        lease.give_back();
-    }
-    Ok(seen)
 }
 
 struct Statement {
@@ -248,7 +231,6 @@ async fn run(
     connection: &mut PgConnection,
     statements: Vec<Statement>,
     batch: &Batch,
-    seen: Seen,
 ) -> Result<bool, StorageError> {
     let mut statements = statements.into_iter();
     let first = statements.next().expect("a batch is at least one statement");
@@ -264,7 +246,7 @@ async fn run(
         execute(&mut transaction, more).await.map_err(failed)?;
     }
     if !batch.deletions.is_empty() {
-        deletion::delete(&mut transaction, &batch.deletions, seen).await?;
+        deletion::delete(&mut transaction, &batch.deletions).await.map_err(failed)?;
     }
     transaction.commit().await.map_err(failed)?;
     Ok(true)

@@ -8,8 +8,7 @@ use sqlx::error::{BoxDynError, ErrorKind};
 use sqlx::sqlite::{SqliteArguments, SqliteConnection};
 use sqlx::{Arguments, AssertSqlSafe};
 
-use super::deletion::{self, Seen};
-use super::failed;
+use super::{deletion, failed};
 use crate::storage::bundle::{Bundle, bundle};
 use crate::storage::clock::now_ms;
 use crate::storage::failure::signed;
@@ -76,11 +75,7 @@ pub(super) enum Appended {
 }
 
 /// Runs the whole append. Unless it has committed, the transaction may be open.
-pub(super) async fn run(
-    connection: &mut SqliteConnection,
-    batch: &Batch,
-    seen: Seen,
-) -> Result<Appended, StorageError> {
+pub(super) async fn run(connection: &mut SqliteConnection, batch: &Batch) -> Result<Appended, StorageError> {
     let mut script = script(batch).map_err(|error| failed(sqlx::Error::Encode(error)))?;
     if batch.deletions.is_empty() {
         script.text.push_str("; COMMIT");
@@ -94,7 +89,7 @@ pub(super) async fn run(
         Err(error) => return Err(failed(error)),
     }
     if !batch.deletions.is_empty() {
-        deletion::delete(connection, &batch.deletions, seen).await?;
+        deletion::delete(connection, &batch.deletions).await.map_err(failed)?;
         sqlx::raw_sql("COMMIT").execute(connection).await.map_err(failed)?;
     }
     Ok(Appended::Committed)

@@ -1,125 +1,96 @@
-//! Deletions within an append's transaction (clause 12).
-//!
-//! Which runs hold a deleted document's changes is not indexed: the log has to be read through. Most of that happens before
-//! the transaction, so that other appends do not wait for it; what was appended meanwhile is read within.
+//! Deletions within an append's transaction, and the erasing of the log that follows (clauses 12 and 18).
 
-use std::collections::{BTreeMap, BTreeSet};
-
-use isobar_protocol::ids::DocumentId;
-use isobar_protocol::log::changes_head;
+use isobar_protocol::ids::Seq;
+use sqlx::Connection;
 use sqlx::sqlite::SqliteConnection;
 
 use super::{SqliteStorage, failed};
-use crate::storage::failure::clamped;
-use crate::storage::log_run::{RUNS_SEARCHED_MAX, erase};
-use crate::storage::{Deletion, StorageError, schema};
+use crate::storage::failure::{clamped, unsigned};
+use crate::storage::log_run::ErasureBudget;
+use crate::storage::rows::{FoundLog, LogRow};
+use crate::storage::{Deletion, ErasureStep, StorageError, schema};
 
-/// The runs of `$1` that end after `$2`, and whether they may hold changes of a document.
-const SEARCH: &str = "\
-    SELECT last_seq, instr(body, $3) > 0 FROM log WHERE origin = $1 AND last_seq > $2 ORDER BY last_seq LIMIT $4";
-
-const READ_BODY: &str = "SELECT body FROM log WHERE origin = $1 AND last_seq = $2";
-
-/// What was found before the transaction.
-#[derive(Default)]
-pub(super) struct Seen {
-    /// Runs that may hold changes of the documents, by origin and last seq.
-    runs: BTreeSet<(Vec<u8>, i64)>,
-    /// Up to where each origin's log was read through for all of the documents.
-    searched: BTreeMap<Vec<u8>, i64>,
-}
-
-/// Reads the log through before the transaction. Does nothing without deletions.
-pub(super) async fn look(storage: &SqliteStorage, deletions: &[Deletion]) -> Result<Seen, StorageError> {
-    let mut seen = Seen::default();
-    if !deletions.is_empty() {
-        let mut reader = storage.readers.acquire().await.map_err(failed)?;
-        seen.search(&mut reader, deletions).await.map_err(failed)?;
-    }
-    Ok(seen)
-}
-
-impl Seen {
-    /// Reads on from where the last search ended.
-    async fn search(
-        &mut self,
-        connection: &mut SqliteConnection,
-        deletions: &[Deletion],
-    ) -> Result<(), sqlx::Error> {
-        let origins: Vec<(Vec<u8>, i64)> =
-            sqlx::query_as("SELECT id, seq FROM origins").fetch_all(&mut *connection).await?;
-        for (origin, seq) in origins {
-            let after = self.searched.insert(origin.clone(), seq).unwrap_or(0);
-            for deletion in deletions {
-                self.search_origin(connection, &origin, after, &deletion.document).await?;
-            }
-        }
-        Ok(())
-    }
-
-    async fn search_origin(
-        &mut self,
-        connection: &mut SqliteConnection,
-        origin: &[u8],
-        mut after: i64,
-        document: &DocumentId,
-    ) -> Result<(), sqlx::Error> {
-        loop {
-            let page: Vec<(i64, bool)> = sqlx::query_as(SEARCH)
-                .bind(origin)
-                .bind(after)
-                .bind(changes_head(document))
-                .bind(RUNS_SEARCHED_MAX)
-                .fetch_all(&mut *connection)
-                .await?;
-            let Some((last, _)) = page.last() else { return Ok(()) };
-            after = *last;
-            let holding = page.into_iter().filter(|(_, holds)| *holds);
-            self.runs.extend(holding.map(|(last, _)| (origin.to_vec(), last)));
-        }
-    }
-}
-
-/// Deletes documents within the transaction that `connection` has open.
+/// Deletes documents within the transaction that `connection` has open. The log is left for later.
 pub(super) async fn delete(
     connection: &mut SqliteConnection,
     deletions: &[Deletion],
-    mut seen: Seen,
-) -> Result<(), StorageError> {
-    seen.search(connection, deletions).await.map_err(failed)?;
-    let documents: Vec<&DocumentId> = deletions.iter().map(|deletion| &deletion.document).collect();
-    for (origin, last) in &seen.runs {
-        erase_run(connection, origin, *last, &documents).await?;
-    }
-    for deletion in deletions {
-        remove(connection, deletion).await.map_err(failed)?;
+) -> Result<(), sqlx::Error> {
+    for deletion in schema::ordered(deletions) {
+        sqlx::query(schema::PUT_TOMBSTONE)
+            .bind(deletion.document.as_bytes())
+            .bind(deletion.group.as_str())
+            .bind(clamped(deletion.deleted_at_ms))
+            .execute(&mut *connection)
+            .await?;
+        for statement in schema::DELETE_DOCUMENT {
+            sqlx::query(statement).bind(deletion.document.as_bytes()).execute(&mut *connection).await?;
+        }
     }
     Ok(())
 }
 
-async fn erase_run(
+/// One step of erasing: one transaction.
+pub(super) async fn erase_step(
+    storage: &SqliteStorage,
+    runs_max: usize,
+) -> Result<ErasureStep, StorageError> {
+    // Without the write lock, because most of the time there is nothing to do.
+    let count = sqlx::query_scalar(schema::COUNT_UNERASED);
+    let unerased: i64 = count.fetch_one(&storage.readers).await.map_err(failed)?;
+    if unerased == 0 {
+        return Ok(ErasureStep::default());
+    }
+    let mut writer = storage.writer().await?;
+    let mut transaction = writer.begin_with("BEGIN IMMEDIATE").await.map_err(failed)?;
+    let step = step(&mut transaction, runs_max).await?;
+    transaction.commit().await.map_err(failed)?;
+    Ok(step)
+}
+
+async fn step(connection: &mut SqliteConnection, runs_max: usize) -> Result<ErasureStep, StorageError> {
+    sqlx::query(schema::BEGIN_ERASURE).execute(&mut *connection).await.map_err(failed)?;
+    let unsearched = sqlx::query_as(schema::READ_UNSEARCHED).bind(clamped(runs_max as u64));
+    let origins: Vec<(Vec<u8>, i64)> = unsearched.fetch_all(&mut *connection).await.map_err(failed)?;
+    let mut budget = ErasureBudget::new(runs_max);
+    let (all_listed, mut at_end) = (origins.len() < runs_max, true);
+    for (origin, after) in origins {
+        at_end = !budget.is_spent() && erase_on(connection, &origin, after, &mut budget).await?;
+        if !at_end {
+            break;
+        }
+    }
+    if all_listed && at_end {
+        for statement in schema::FINISH_ERASURE {
+            sqlx::query(statement).execute(&mut *connection).await.map_err(failed)?;
+        }
+    }
+    let count = sqlx::query_scalar(schema::COUNT_UNERASED);
+    let unerased: i64 = count.fetch_one(&mut *connection).await.map_err(failed)?;
+    Ok(ErasureStep { runs_erased: budget.rewritten, deletions_left: unsigned(unerased)? })
+}
+
+/// Goes on in one origin's log. Returns whether its end was reached.
+async fn erase_on(
     connection: &mut SqliteConnection,
     origin: &[u8],
-    last: i64,
-    documents: &[&DocumentId],
-) -> Result<(), StorageError> {
-    let read = sqlx::query_scalar(READ_BODY).bind(origin).bind(last).fetch_optional(&mut *connection);
-    // A run may have been truncated since it was found.
-    let Some::<Vec<u8>>(body) = read.await.map_err(failed)? else { return Ok(()) };
-    let Some(erased) = erase(&body.into(), documents)? else { return Ok(()) };
-    let replace = sqlx::query(schema::REPLACE_BODY).bind(origin).bind(last).bind(Vec::from(erased));
-    replace.execute(connection).await.map(drop).map_err(failed)
-}
-
-async fn remove(connection: &mut SqliteConnection, deletion: &Deletion) -> Result<(), sqlx::Error> {
-    sqlx::query(schema::PUT_TOMBSTONE)
-        .bind(deletion.document.as_bytes())
-        .bind(deletion.group.as_str())
-        .bind(clamped(deletion.deleted_at_ms))
-        .execute(&mut *connection)
-        .await?;
-    for statement in schema::DELETE_DOCUMENT {
-        sqlx::query(statement).bind(deletion.document.as_bytes()).execute(&mut *connection).await?;
+    after: i64,
+    budget: &mut ErasureBudget,
+) -> Result<bool, StorageError> {
+    let read = sqlx::query_as(schema::READ_LOG)
+        .bind(origin)
+        .bind(after)
+        .bind(clamped(budget.bytes as u64))
+        .bind(clamped(budget.runs as u64));
+    let rows: Vec<LogRow> = read.fetch_all(&mut *connection).await.map_err(failed)?;
+    let found = FoundLog::from_rows(rows)?;
+    for run in &found.runs {
+        if let Some(body) = budget.erase(run, &found.unerased) {
+            let replace = sqlx::query(schema::REPLACE_BODY).bind(origin).bind(clamped(run.last.0));
+            replace.bind(Vec::from(body)).execute(&mut *connection).await.map_err(failed)?;
+        }
     }
-    Ok(())
+    let (Seq(reached), at_end) = found.reach();
+    let put = sqlx::query(schema::PUT_CURSOR).bind(origin).bind(clamped(reached));
+    put.execute(connection).await.map_err(failed)?;
+    Ok(at_end)
 }

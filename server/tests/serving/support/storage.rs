@@ -9,9 +9,9 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use isobar::storage::memory::MemoryStorage;
 use isobar::storage::{
-    Acknowledgement, Batch, ClaimedOrigin, DocumentAppend, DocumentState, ListedDocument, Member, NewBase,
-    RunAppend, Storage, StorageError, StorageStatistics, StoredChange, StoredDocument, StoredOrigin,
-    StoredRun, Writer,
+    Acknowledgement, Batch, ClaimedOrigin, DocumentAppend, DocumentState, ErasureStep, ListedDocument,
+    Member, NewBase, RunAppend, Storage, StorageError, StorageStatistics, StoredChange, StoredDocument,
+    StoredOrigin, StoredRun, Writer,
 };
 use isobar_protocol::ids::{ChangeHash, DocumentId, OriginId, PlacementGroup, RegionName, Seq, StorageId};
 use isobar_protocol::link::MissingDocument;
@@ -227,6 +227,11 @@ impl Storage for FaultyStorage {
     ) -> Result<(), StorageError> {
         self.alive()?;
         self.inner.truncate_log(origin, up_to, older_than).await
+    }
+
+    async fn erase_step(&self, runs_max: usize) -> Result<ErasureStep, StorageError> {
+        self.alive()?;
+        self.inner.erase_step(runs_max).await
     }
 
     async fn adopt_origins(
