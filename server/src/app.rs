@@ -42,6 +42,9 @@ use regions::Regions;
 /// How often idle documents are looked for.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
 
+/// How often quarantined documents are counted.
+const QUARANTINE_COUNT_INTERVAL: Duration = Duration::from_secs(5);
+
 /// How often the log is truncated.
 const TRUNCATE_INTERVAL: Duration = Duration::from_secs(60);
 
@@ -152,6 +155,7 @@ impl App {
             tokio::spawn(cancellable(stop_upkeep.clone(), compactor.run())),
             tokio::spawn(cancellable(stop_upkeep.clone(), sweep(node.clone()))),
             tokio::spawn(cancellable(stop_upkeep.clone(), erasure::run(node.clone()))),
+            tokio::spawn(cancellable(stop_upkeep.clone(), count_quarantined(node.clone()))),
         ];
         let follow = receipts.run(node.replication.clone());
         upkeep.push(tokio::spawn(cancellable(stop_upkeep.clone(), follow)));
@@ -348,6 +352,19 @@ async fn sweep(node: Arc<Node>) {
         ticks.tick().await;
         node.documents.sweep();
         node.metrics.run_upkeep();
+    }
+}
+
+/// Reports how many documents are quarantined. Counted in storage, because siblings and operators set that state as well.
+async fn count_quarantined(node: Arc<Node>) {
+    let mut ticks = tokio::time::interval(QUARANTINE_COUNT_INTERVAL);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        match node.storage.count_quarantined().await {
+            Ok(count) => node.metrics.in_quarantine.set(count as f64),
+            Err(error) => tracing::debug!(%error, "quarantined documents not counted"),
+        }
     }
 }
 

@@ -437,6 +437,16 @@ pub trait Storage: Send + Sync + 'static {
         limit: u32,
     ) -> Result<Vec<ListedDocument>, StorageError>;
 
+    /// Up to `limit` quarantined documents after `after` in the order of their ids, at a cost that does not grow with the others.
+    async fn list_quarantined(
+        &self,
+        after: Option<&DocumentId>,
+        limit: u32,
+    ) -> Result<Vec<ListedDocument>, StorageError>;
+
+    /// How many documents are quarantined, at a cost that does not grow with the others.
+    async fn count_quarantined(&self) -> Result<u64, StorageError>;
+
     /// Creates a document without changes, if it neither exists nor was deleted. For a base that comes from another region.
     async fn create_document(
         &self,

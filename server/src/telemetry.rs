@@ -94,6 +94,7 @@ pub struct Metrics {
     pub bases_made: Counter,
     pub base_seconds: Histogram,
     pub quarantines: Counter,
+    pub in_quarantine: Gauge,
     pub replicated_refused: Counter,
     pub cold_changes: Counter,
     pub log_truncations: Counter,
@@ -316,6 +317,8 @@ registered! {
     bases_made: counter = "isobar_bases_made_total", "Compactions: bases made and installed.";
     base_seconds: histogram = "isobar_base_seconds", "Time to make and install one base.";
     quarantines: counter = "isobar_documents_quarantined_total", "Documents quarantined because they do not apply.";
+    in_quarantine: gauge = "isobar_documents_in_quarantine",
+        "Documents of the region that are stored as quarantined, as counted some seconds ago.";
     replicated_refused: counter = "isobar_replicated_changes_refused_total",
         "Changes of other regions that were stored and do not fit their documents.";
     cold_changes: counter = "isobar_cold_changes_total",

@@ -1,4 +1,4 @@
-//! The region's REST API for operators, as far as it goes: deletion, links, convergence.
+//! The region's REST API for operators, as far as it goes: documents, links, convergence.
 //!
 //! Errors are problem details (RFC 9457). Handlers map HTTP to the node and nothing else.
 
@@ -20,9 +20,11 @@ use crate::replication::{ForgetError, Lag, Replication};
 use crate::storage::Member;
 
 mod convergence;
+mod documents;
 
 pub(super) fn routes() -> Router<Shared> {
     Router::new()
+        .route("/admin/v1/documents", get(documents::list))
         .route("/admin/v1/documents/{id}", delete(delete_document))
         .route("/admin/v1/peers", get(peers))
         .route("/admin/v1/peers/{region}", delete(forget_peer))

@@ -145,6 +145,10 @@ impl Document {
     fn new(group: PlacementGroup) -> Self {
         Self { group, state: DocumentState::Live, base: None, changes: BTreeMap::new() }
     }
+
+    fn is_quarantined(&self) -> bool {
+        matches!(self.state, DocumentState::Quarantined { .. })
+    }
 }
 
 impl Tombstone {
@@ -470,6 +474,27 @@ impl Storage for MemoryStorage {
         listed.sort_by(|one, other| one.id.cmp(&other.id));
         listed.truncate(limit);
         Ok(listed)
+    }
+
+    async fn list_quarantined(
+        &self,
+        after: Option<&DocumentId>,
+        limit: u32,
+    ) -> Result<Vec<ListedDocument>, StorageError> {
+        let database = self.database()?;
+        let after = (after.map_or(Bound::Unbounded, Bound::Excluded), Bound::Unbounded);
+        let documents = database.documents.range::<DocumentId, _>(after);
+        let quarantined = documents.filter(|(_, found)| found.is_quarantined()).take(limit as usize);
+        let listed = |(id, found): (&DocumentId, &Document)| ListedDocument {
+            id: id.clone(),
+            group: found.group.clone(),
+            state: found.state.clone(),
+        };
+        Ok(quarantined.map(listed).collect())
+    }
+
+    async fn count_quarantined(&self) -> Result<u64, StorageError> {
+        Ok(self.database()?.documents.values().filter(|found| found.is_quarantined()).count() as u64)
     }
 
     async fn create_document(

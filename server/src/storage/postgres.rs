@@ -390,6 +390,24 @@ impl Storage for PostgresStorage {
         rows.into_iter().map(ListedRow::listed).collect()
     }
 
+    async fn list_quarantined(
+        &self,
+        after: Option<&DocumentId>,
+        limit: u32,
+    ) -> Result<Vec<ListedDocument>, StorageError> {
+        let query = sqlx::query_as(schema::LIST_QUARANTINED)
+            .bind(after.map_or(&[][..], DocumentId::as_bytes))
+            .bind(i64::from(limit));
+        let rows = self.fetch_all(CALL_TIMEOUT, query).await?;
+        rows.into_iter().map(ListedRow::listed).collect()
+    }
+
+    async fn count_quarantined(&self) -> Result<u64, StorageError> {
+        let rows: Vec<(i64,)> =
+            self.fetch_all(CALL_TIMEOUT, sqlx::query_as(schema::COUNT_QUARANTINED)).await?;
+        unsigned(rows.first().map_or(0, |(count,)| *count))
+    }
+
     async fn create_document(
         &self,
         document: &DocumentId,

@@ -31,6 +31,13 @@ pub(super) const LIST_DOCUMENTS: &str = "\
     ) AS t \
     ORDER BY id LIMIT $2";
 
+/// Quarantined documents after `$1`, at most `$2` of them. The state is a literal, so that the index of those is used.
+pub(super) const LIST_QUARANTINED: &str = "\
+    SELECT id, placement_group, state, state_reason, CAST(NULL AS bigint) AS deleted_at FROM documents \
+    WHERE state = 1 AND id > $1 ORDER BY id LIMIT $2";
+
+pub(super) const COUNT_QUARANTINED: &str = "SELECT count(*) FROM documents WHERE state = 1";
+
 /// `$3` is the moment.
 pub(super) const CREATE_DOCUMENT: &str = "\
     INSERT INTO documents (id, placement_group, state, created_at) SELECT $1, $2, 0, $3 \

@@ -402,6 +402,26 @@ impl Storage for SqliteStorage {
         rows.into_iter().map(ListedRow::listed).collect()
     }
 
+    async fn list_quarantined(
+        &self,
+        after: Option<&DocumentId>,
+        limit: u32,
+    ) -> Result<Vec<ListedDocument>, StorageError> {
+        let rows: Vec<ListedRow> = sqlx::query_as(schema::LIST_QUARANTINED)
+            .bind(after.map_or(&[][..], DocumentId::as_bytes))
+            .bind(i64::from(limit))
+            .fetch_all(&self.readers)
+            .await
+            .map_err(failed)?;
+        rows.into_iter().map(ListedRow::listed).collect()
+    }
+
+    async fn count_quarantined(&self) -> Result<u64, StorageError> {
+        let (count,): (i64,) =
+            sqlx::query_as(schema::COUNT_QUARANTINED).fetch_one(&self.readers).await.map_err(failed)?;
+        unsigned(count)
+    }
+
     async fn create_document(
         &self,
         document: &DocumentId,

@@ -17,6 +17,7 @@ mod hostile;
 mod lifecycle;
 mod links;
 mod pace;
+mod quarantine;
 mod receipts;
 mod replication;
 mod residency;

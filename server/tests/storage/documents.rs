@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use bytes::Bytes;
-use isobar::storage::{DocumentState, Storage, StorageError, StoredBase, StoredChange};
+use isobar::storage::{DocumentState, ListedDocument, Storage, StorageError, StoredBase, StoredChange};
 use isobar_protocol::ids::{ChangeHash, Seq};
 
 use crate::fixture::*;
@@ -43,6 +43,35 @@ pub async fn a_document_keeps_its_group_and_state(database: Database) {
     assert!(matches!(load(&*storage, 1).await.state, DocumentState::Quarantined { .. }));
     storage.set_state(&document(1), &DocumentState::Live).await.unwrap();
     assert_eq!(load(&*storage, 1).await.state, DocumentState::Live);
+}
+
+pub async fn quarantined_documents_are_listed_and_counted_among_others(database: Database) {
+    let storage = database.open().await;
+    let origin = claim(&*storage, 0).await;
+    let all: Vec<_> = (1..10).map(|number| append(number, [u32::from(number)])).collect();
+    append_own(&*storage, &origin, Seq(1), &all).await.unwrap();
+    assert_eq!(storage.count_quarantined().await.unwrap(), 0);
+    assert_eq!(storage.list_quarantined(None, 10).await.unwrap(), []);
+    let because = |number: u8| DocumentState::Quarantined { reason: format!("poison {number}") };
+    for number in [2, 3, 5, 8] {
+        storage.set_state(&document(number), &because(number)).await.unwrap();
+    }
+    let found = async |after: Option<u8>, limit| {
+        let after = after.map(document);
+        storage.list_quarantined(after.as_ref(), limit).await.unwrap()
+    };
+    let listed = |number| ListedDocument { id: document(number), group: group(), state: because(number) };
+    assert_eq!(found(None, 10).await, [2, 3, 5, 8].map(listed));
+    assert_eq!(found(None, 2).await, [2, 3].map(listed));
+    assert_eq!(found(Some(3), 2).await, [5, 8].map(listed));
+    assert_eq!(found(Some(8), 2).await, []);
+    assert_eq!(storage.count_quarantined().await.unwrap(), 4);
+
+    // What was mended or deleted is not quarantined any more.
+    storage.set_state(&document(5), &DocumentState::Live).await.unwrap();
+    storage.append(&deletion(&origin, 10, 3, 500)).await.unwrap();
+    assert_eq!(found(None, 10).await, [2, 8].map(listed));
+    assert_eq!(storage.count_quarantined().await.unwrap(), 2);
 }
 
 /// The changes that a test's base covers are those below the number that its summary says.

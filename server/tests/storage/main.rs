@@ -49,6 +49,7 @@ contract! {
     append::clause_5_a_batch_that_committed_before_a_claim_is_not_denied,
     documents::an_unknown_document_is_none,
     documents::a_document_keeps_its_group_and_state,
+    documents::quarantined_documents_are_listed_and_counted_among_others,
     documents::clause_6_loads_that_race_compaction_miss_nothing,
     documents::clause_7_a_base_replaces_only_the_one_it_was_made_from,
     documents::clause_7_installing_removes_nothing_and_pruning_ends_with_its_generation,

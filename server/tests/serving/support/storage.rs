@@ -285,6 +285,18 @@ impl Storage for FaultyStorage {
         self.inner.list_documents(after, limit).await
     }
 
+    async fn list_quarantined(
+        &self,
+        after: Option<&DocumentId>,
+        limit: u32,
+    ) -> Result<Vec<ListedDocument>, StorageError> {
+        self.inner.list_quarantined(after, limit).await
+    }
+
+    async fn count_quarantined(&self) -> Result<u64, StorageError> {
+        self.inner.count_quarantined().await
+    }
+
     async fn create_document(
         &self,
         document: &DocumentId,
