@@ -54,6 +54,9 @@
 //! 17. **Nodes are registered.** The database remembers the nodes that were started on it ([`Storage::register_node`]), in
 //!     their order, the newest [`LINK_LINEAGE_MAX`] at least. A copy of the database has those of before it was made, and neither
 //!     has those of the other since.
+//! 18. **One group each.** A document stays of the placement group in which it was created first, and so does its tombstone.
+//!     Changes that are appended to it under another group are left out, their log entries are stored, and the same transaction
+//!     quarantines the document with the reason [`two_groups`].
 
 mod bundle;
 mod clock;
@@ -323,7 +326,7 @@ pub trait Storage: Send + Sync + 'static {
     /// Every origin that is known, this region's former ones included.
     async fn origins(&self) -> Result<Vec<StoredOrigin>, StorageError>;
 
-    /// Appends a batch (clauses 1–5 and 12). A document that does not exist is created.
+    /// Appends a batch (clauses 1–5, 12 and 18). A document that does not exist is created.
     ///
     /// # Panics
     /// If the counter of an own origin is not where its run begins, nor at this very run's end, although the incarnation
@@ -411,6 +414,9 @@ pub trait Storage: Send + Sync + 'static {
     /// Removes a region and its acknowledgements. Returns whether it was known.
     async fn forget_member(&self, region: &RegionName) -> Result<bool, StorageError>;
 
+    /// What a listing says of one document, without reading its changes.
+    async fn find_document(&self, document: &DocumentId) -> Result<Option<ListedDocument>, StorageError>;
+
     /// Up to `limit` documents after `after` in the order of their ids, deleted and quarantined ones included.
     async fn list_documents(
         &self,
@@ -459,6 +465,11 @@ pub async fn open(url: &str) -> Result<Arc<dyn Storage>, StorageError> {
     }
     // Not quoted: what was meant as a URL may hold a password.
     Err(StorageError::Fatal("the database must be sqlite:PATH or postgres://…".into()))
+}
+
+/// Why a document is quarantined to which changes came under another group than its own (clause 18).
+pub fn two_groups(own: &PlacementGroup, other: &PlacementGroup) -> String {
+    format!("created in two placement groups: {own} here, {other} elsewhere")
 }
 
 /// A region's storage id, made at random as automerge-repo makes its own.

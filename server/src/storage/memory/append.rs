@@ -5,7 +5,9 @@ use isobar_protocol::ids::{DocumentId, OriginId};
 use super::{Database, LoggedRun, Origin, Tombstone};
 use crate::storage::clock::now_ms;
 use crate::storage::log_run::{FoundCounter, erase, judge_refused};
-use crate::storage::{Batch, Deletion, DocumentAppend, RunAppend, StorageError, StoredRun, Writer};
+use crate::storage::{
+    Batch, Deletion, DocumentAppend, DocumentState, RunAppend, StorageError, StoredRun, Writer, two_groups,
+};
 
 pub(super) fn append(database: &mut Database, batch: &Batch) -> Result<(), StorageError> {
     if !batch.runs.iter().all(|run| database.is_next(run)) {
@@ -87,14 +89,20 @@ impl Database {
 
     fn store_changes(&mut self, append: &DocumentAppend) {
         let Some(document) = self.document_mut(&append.document, &append.group) else { return };
+        if document.group != append.group {
+            let reason = two_groups(&document.group, &append.group);
+            document.state = DocumentState::Quarantined { reason };
+            return;
+        }
         for (_, change) in &append.changes {
             document.changes.entry(change.hash).or_insert_with(|| change.bytes.clone());
         }
     }
 
     fn delete(&mut self, deletion: &Deletion) {
-        self.documents.remove(&deletion.document);
+        let removed = self.documents.remove(&deletion.document);
         let Deletion { document, group, deleted_at_ms } = deletion.clone();
+        let group = removed.map_or(group, |it| it.group);
         let tombstone = self.tombstones.entry(document).or_insert(Tombstone { group, deleted_at_ms });
         tombstone.deleted_at_ms = tombstone.deleted_at_ms.min(deleted_at_ms);
     }
