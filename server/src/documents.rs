@@ -26,6 +26,7 @@ use crate::storage::{DocumentState, Storage, StorageError, StoredBase, StoredCha
 use crate::telemetry::Metrics;
 
 mod compaction;
+mod conflict;
 mod contents;
 mod document;
 mod inspection;
@@ -34,6 +35,7 @@ mod repair;
 mod replication;
 mod siblings;
 
+use conflict::Conflicts;
 use document::{Loaded, PendingRoom, change_numbered};
 use replication::ColdCounts;
 
@@ -100,6 +102,7 @@ pub struct Documents {
     slots: Mutex<HashMap<DocumentId, Slot>>,
     default_group: PlacementGroup,
     cold: Mutex<ColdCounts>,
+    conflicts: Mutex<Conflicts>,
     /// Runs that are being stored.
     applying: AtomicUsize,
     /// Each document stands here at most once.
@@ -145,6 +148,7 @@ impl Documents {
             slots: Mutex::new(HashMap::new()),
             default_group: PlacementGroup::new(DEFAULT_GROUP).expect("the name is short"),
             cold: Mutex::default(),
+            conflicts: Mutex::default(),
             applying: AtomicUsize::new(0),
             compactions,
         });

@@ -60,6 +60,9 @@
 //!     what it has done, so that a pass over the log goes on after a crash, and two nodes may take steps at once. A pass erases
 //!     every deletion that was appended before it began, and ends when it has come to the end of every log, whatever was
 //!     appended meanwhile; a later deletion is erased by the next pass.
+//! 19. **One group each.** A document stays of the placement group in which it was created first, and so does its tombstone.
+//!     Changes that are appended to it under another group are left out, their log entries are stored, and the same transaction
+//!     quarantines the document with the reason [`two_groups`].
 
 mod bundle;
 mod clock;
@@ -430,6 +433,9 @@ pub trait Storage: Send + Sync + 'static {
     /// Removes a region and its acknowledgements. Returns whether it was known.
     async fn forget_member(&self, region: &RegionName) -> Result<bool, StorageError>;
 
+    /// What a listing says of one document, without reading its changes.
+    async fn find_document(&self, document: &DocumentId) -> Result<Option<ListedDocument>, StorageError>;
+
     /// Up to `limit` documents after `after` in the order of their ids, deleted and quarantined ones included.
     async fn list_documents(
         &self,
@@ -478,6 +484,11 @@ pub async fn open(url: &str) -> Result<Arc<dyn Storage>, StorageError> {
     }
     // Not quoted: what was meant as a URL may hold a password.
     Err(StorageError::Fatal("the database must be sqlite:PATH or postgres://…".into()))
+}
+
+/// Why a document is quarantined to which changes came under another group than its own (clause 19).
+pub fn two_groups(own: &PlacementGroup, other: &PlacementGroup) -> String {
+    format!("created in two placement groups: {own} here, {other} elsewhere")
 }
 
 /// A region's storage id, made at random as automerge-repo makes its own.

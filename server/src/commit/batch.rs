@@ -1,7 +1,6 @@
 //! From queued items to one transaction: who logs what, under which seq, stored under which key.
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry as MapEntry;
 
 use bytes::Bytes;
 use isobar_protocol::ids::{DocumentId, OriginId, PlacementGroup, Seq};
@@ -52,13 +51,13 @@ struct ByDocument {
 
 impl ByDocument {
     fn push(&mut self, document: &DocumentId, group: &PlacementGroup, change: StoredChange) {
-        let place = match self.places.entry(document.clone()) {
-            MapEntry::Occupied(place) => *place.get(),
-            MapEntry::Vacant(vacant) => {
-                self.parts.push((document.clone(), group.clone(), Vec::new()));
-                *vacant.insert(self.parts.len() - 1)
-            }
-        };
+        let known = self.places.get(document).copied();
+        // What came under two groups stays apart: which of them the document is of is for storage to say.
+        let place = known.filter(|place| self.parts[*place].1 == *group).unwrap_or_else(|| {
+            self.parts.push((document.clone(), group.clone(), Vec::new()));
+            self.places.insert(document.clone(), self.parts.len() - 1);
+            self.parts.len() - 1
+        });
         self.parts[place].2.push(change);
     }
 }

@@ -13,6 +13,7 @@ use isobar_protocol::ids::DocumentId;
 use isobar_protocol::link::{BaseContents, DocumentContents};
 use tokio::sync::oneshot;
 
+use super::conflict::RefusalError;
 use super::receipts::TakingContents;
 use super::replication::Part;
 use super::{Document, Documents, LoadError};
@@ -48,6 +49,15 @@ pub enum ContentsError {
 impl From<StorageError> for ContentsError {
     fn from(error: StorageError) -> Self {
         Self::Load(error.into())
+    }
+}
+
+impl From<RefusalError> for ContentsError {
+    fn from(error: RefusalError) -> Self {
+        match error {
+            RefusalError::Storage(error) => error.into(),
+            RefusalError::Stopped(error) => error.into(),
+        }
     }
 }
 
@@ -115,6 +125,10 @@ impl Documents {
         let mut part = Part::new(&id, &group);
         // Held to the end, so that it stays in memory and is brought up to date there.
         let document = self.open_in(&id, &group).await?;
+        let settled = document.settled_group().filter(|_| !document.lock().is_deleted());
+        if let Some(own) = settled.filter(|own| *own != group) {
+            return Ok(self.refuse_copy(&document, &own, &group, committer).await?);
+        }
         let _taking = TakingContents::begin(&document);
         if let Some(base) = base
             && !self.install(&document, &base, &part).await?
@@ -157,7 +171,15 @@ impl Documents {
         if !empty || self.storage.load_document(&part.document).await?.is_some() {
             return Ok(false);
         }
+        if document.settle_group(&part.group).is_err() {
+            return Ok(false);
+        }
         self.storage.create_document(&part.document, &part.group).await?;
+        // A sibling may have created it meanwhile, in another group. From here on it keeps the one it has.
+        let created = self.storage.find_document(&part.document).await?;
+        if created.is_none_or(|it| it.group != part.group) {
+            return Ok(false);
+        }
         match self.storage.install_base(&part.document, 0, base.to_install()).await {
             // A client may have written since. Then the base's changes are taken one by one as well: in memory the document
             // stays what it is, in storage it is whole with the base, and the next load finds them covered.

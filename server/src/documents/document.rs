@@ -485,6 +485,17 @@ impl Document {
         state.placed.then(|| state.group.clone())
     }
 
+    /// Settles the group if that was not done; the one it has if that is another. A deleted document takes nothing in either
+    /// case.
+    pub(super) fn settle_group(&self, group: &PlacementGroup) -> Result<(), PlacementGroup> {
+        let mut state = self.lock();
+        if state.deleted {
+            return Ok(());
+        }
+        state.place(Some(group));
+        if state.group == *group { Ok(()) } else { Err(state.group.clone()) }
+    }
+
     /// Attaches the index of this generation's base. Of a later base, which a sibling made, the part is taken that is the
     /// document's. Nothing happens if the document has a later base by now.
     pub fn attach_index(&self, generation: u64, index: BaseIndex) -> Result<(), LoadError> {

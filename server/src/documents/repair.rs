@@ -103,6 +103,12 @@ impl Documents {
         if stored.as_ref().is_some_and(|it| matches!(it.state, DocumentState::Deleted { .. })) {
             return Ok(Mended::default());
         }
+        if let Some(stored) = stored.as_ref().filter(|it| it.group != contents.group)
+            && contents.deleted_at_ms.is_none()
+        {
+            self.quarantine_conflict(&id, &stored.group, &contents.group).await?;
+            return Ok(Mended::default());
+        }
         // What is in memory may have all of a document whose rows are gone: then it takes nothing in.
         if contents.deleted_at_ms.is_some() || stored.is_none() && !self.has_slot(&id) {
             self.store_contents(contents, committer).await?;

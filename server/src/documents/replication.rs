@@ -285,11 +285,17 @@ impl Documents {
             true => self.open_in(&part.document, &part.group).await.ok(),
             false => None,
         };
+        let all = part.changes.iter().map(|it| StoredChange { hash: it.hash, bytes: it.bytes.clone() });
         let Some(document) = document.filter(|document| !document.lock().is_withheld()) else {
-            let all = part.changes.iter();
-            taken.cold.extend(all.map(|it| StoredChange { hash: it.hash, bytes: it.bytes.clone() }));
+            taken.cold.extend(all);
             return taken;
         };
+        if let Some(conflict) = self.conflict(&document, &part.group) {
+            // Storage is given them nevertheless: it keeps none and marks the document in the same transaction.
+            taken.cold.extend(all);
+            document.lock().quarantine();
+            return Taken { document: Some(document), fault: Some(conflict), ..taken };
+        }
         taken.fault = self.offer_all(&document, part, Logged::Elsewhere, permits, committer).await;
         if let Some(unreadable) = part.unreadable.first() {
             taken.fault = taken.fault.or(Some(format!("change {} cannot be read", unreadable.hash)));
@@ -312,6 +318,9 @@ impl Documents {
         permits: &Arc<[Permit]>,
         committer: &Committer,
     ) -> Option<String> {
+        if let Some(conflict) = self.conflict(document, &part.group) {
+            return Some(conflict);
+        }
         let mut incoming =
             Incoming::foreign(part.changes.clone(), permits.clone(), logged, part.in_run, &part.group);
         loop {
@@ -353,7 +362,7 @@ impl Documents {
             }
             return;
         }
-        if taken.cold.is_empty() {
+        if taken.cold.is_empty() || self.was_left_out(&part, committer).await {
             return;
         }
         let due = self.cold.lock().add(&part.document, taken.cold.len());

@@ -11,7 +11,7 @@ use isobar_protocol::link::{DocumentContents, MissingDocument, Progress, Standin
 use isobar_protocol::replica::Page;
 
 use super::{Parts, RETRY};
-use crate::documents::{ContentsError, LoadError};
+use crate::documents::{ContentsError, DEFAULT_GROUP, LoadError};
 use crate::storage::{DocumentState, ListedDocument, StorageError, StoredOrigin};
 
 /// Documents in one page at most, and the bytes after which it ends.
@@ -70,9 +70,22 @@ pub(super) async fn contents(
     audience: &Audience,
 ) -> Option<DocumentContents> {
     match read_contents(parts, document, audience).await? {
-        Reading::Contents(contents) => Some(contents).filter(|it| audience.groups.contains(&it.group)),
+        Reading::Contents(contents) => shared(contents, &audience.groups),
         Reading::Absent | Reading::Withheld => None,
     }
+}
+
+/// The contents, if they are of one of these groups. A tombstone of another is passed on as one of the group of all regions, to
+/// whoever names its document: it is stored there under the group that the document has there.
+pub(super) fn shared(
+    contents: DocumentContents,
+    groups: &BTreeSet<PlacementGroup>,
+) -> Option<DocumentContents> {
+    if groups.contains(&contents.group) {
+        return Some(contents);
+    }
+    let everywhere = groups.iter().find(|group| group.as_str() == DEFAULT_GROUP)?.clone();
+    contents.deleted_at_ms.is_some().then_some(DocumentContents { group: everywhere, ..contents })
 }
 
 /// `None`: the database does not answer.

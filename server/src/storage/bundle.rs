@@ -16,7 +16,7 @@
 use std::collections::{HashMap, HashSet};
 
 use bytes::Bytes;
-use isobar_protocol::ids::{ChangeHash, DocumentId, OriginId, Seq};
+use isobar_protocol::ids::{ChangeHash, DocumentId, OriginId, PlacementGroup, Seq};
 
 use super::packing::{push_leb128, take, take_leb128};
 use super::{DocumentAppend, StorageError, StoredChange};
@@ -28,6 +28,8 @@ const BUNDLE_BYTES_MAX: usize = 256 << 10;
 /// Changes of one document that were appended together.
 pub(super) struct Bundle<'a> {
     pub document: &'a DocumentId,
+    /// It is stored only if the document is of this group.
+    pub group: &'a PlacementGroup,
     pub origin: OriginId,
     /// The log entry of the bundle's first change.
     pub first: Seq,
@@ -43,6 +45,7 @@ impl<'a> Bundle<'a> {
         let bytes: usize = changes.iter().map(|(_, change)| change.bytes.len() + 4).sum();
         let mut bundle = Self {
             document: &append.document,
+            group: &append.group,
             origin: append.origin,
             first: *first,
             hashes: Vec::with_capacity(changes.len() * 32),

@@ -456,6 +456,14 @@ impl Storage for MemoryStorage {
         Ok(self.database()?.acknowledgements.iter().map(noted).collect())
     }
 
+    async fn find_document(&self, document: &DocumentId) -> Result<Option<ListedDocument>, StorageError> {
+        let database = self.database()?;
+        let found = database.documents.get(document).map(|it| (it.group.clone(), it.state.clone()));
+        let gone = || database.tombstones.get(document).map(|it| (it.group.clone(), it.state()));
+        let listed = |(group, state)| ListedDocument { id: document.clone(), group, state };
+        Ok(found.or_else(gone).map(listed))
+    }
+
     async fn list_documents(
         &self,
         after: Option<&DocumentId>,

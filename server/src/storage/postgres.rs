@@ -378,6 +378,12 @@ impl Storage for PostgresStorage {
         Ok(was_known)
     }
 
+    async fn find_document(&self, document: &DocumentId) -> Result<Option<ListedDocument>, StorageError> {
+        let query = sqlx::query_as(schema::FIND_DOCUMENT).bind(document.as_bytes());
+        let rows: Vec<ListedRow> = self.fetch_all(CALL_TIMEOUT, query).await?;
+        rows.into_iter().next().map(ListedRow::listed).transpose()
+    }
+
     async fn list_documents(
         &self,
         after: Option<&DocumentId>,

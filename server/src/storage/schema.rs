@@ -20,6 +20,26 @@ pub(super) const LOAD_DOCUMENT: &str = "\
     SELECT placement_group, 2, NULL, deleted_at, NULL, NULL, NULL, NULL, NULL, NULL, NULL \
     FROM tombstones WHERE document_id = $1";
 
+pub(super) const FIND_DOCUMENT: &str = "\
+    SELECT id, placement_group, state, state_reason, CAST(NULL AS bigint) AS deleted_at \
+    FROM documents WHERE id = $1 \
+    UNION ALL \
+    SELECT document_id, placement_group, 2, NULL, deleted_at FROM tombstones WHERE document_id = $1";
+
+/// The reason of `super::two_groups` for the two expressions.
+macro_rules! two_groups {
+    ($own:literal, $other:literal) => {
+        concat!(
+            "'created in two placement groups: ' || ",
+            $own,
+            " || ' here, ' || ",
+            $other,
+            " || ' elsewhere'"
+        )
+    };
+}
+pub(super) use two_groups;
+
 /// Documents and tombstones after `$1`, at most `$2` of them.
 pub(super) const LIST_DOCUMENTS: &str = "\
     SELECT id, placement_group, state, state_reason, CAST(NULL AS bigint) AS deleted_at FROM ( \
@@ -147,9 +167,11 @@ pub(super) const READ_COUNTER: &str = "\
 /// Erases changes from a run.
 pub(super) const REPLACE_BODY: &str = "UPDATE log SET body = $3 WHERE origin = $1 AND last_seq = $2";
 
-/// The earliest time counts. A document that is deleted again is erased again: entries may have come since.
+/// The earliest time counts, and the group is the document's, if there is one (clause 19). A document that is deleted again is
+/// erased again: entries may have come since.
 pub(super) const PUT_TOMBSTONE: &str = "\
-    INSERT INTO tombstones (document_id, placement_group, deleted_at, erasure) VALUES ($1, $2, $3, 2) \
+    INSERT INTO tombstones (document_id, placement_group, deleted_at, erasure) \
+    SELECT $1, coalesce((SELECT placement_group FROM documents WHERE id = $1), $2), $3, 2 WHERE true \
     ON CONFLICT (document_id) DO UPDATE SET erasure = 2, deleted_at = \
         CASE WHEN tombstones.deleted_at < excluded.deleted_at THEN tombstones.deleted_at ELSE excluded.deleted_at END";
 
@@ -263,12 +285,29 @@ pub(super) fn check_region(expected: &RegionName, found: &str) -> Result<(), Sto
     Err(StorageError::OtherRegion { expected: expected.clone(), found })
 }
 
-/// The documents of a batch with their groups, each once and in order: two writers that create the same documents wait
-/// for each other in the same order instead of in a circle.
-pub(super) fn documents(batch: &[DocumentAppend]) -> Vec<(&DocumentId, &PlacementGroup)> {
-    let mut documents: Vec<_> = batch.iter().map(|append| (&append.document, &append.group)).collect();
-    documents.sort_by_key(|(id, _)| *id);
-    documents.dedup_by_key(|(id, _)| *id);
+type Placed<'a> = (&'a DocumentId, &'a PlacementGroup);
+
+/// The documents of a batch.
+pub(super) struct BatchDocuments<'a> {
+    /// Each once, with the group in which it is created if it does not exist, and in order: two writers that create the same
+    /// documents wait for each other in the same order instead of in a circle.
+    pub created: Vec<Placed<'a>>,
+    /// Those that come up again under another group.
+    pub regrouped: Vec<Placed<'a>>,
+}
+
+pub(super) fn documents(batch: &[DocumentAppend]) -> BatchDocuments<'_> {
+    let mut all: Vec<Placed<'_>> = batch.iter().map(|append| (&append.document, &append.group)).collect();
+    // Stable, so that of two groups the first in the batch creates the document.
+    all.sort_by_key(|(id, _)| *id);
+    let mut documents = BatchDocuments { created: Vec::with_capacity(all.len()), regrouped: Vec::new() };
+    for (id, group) in all {
+        match documents.created.last() {
+            Some((last, of)) if *last == id && *of == group => {}
+            Some((last, _)) if *last == id => documents.regrouped.push((id, group)),
+            _ => documents.created.push((id, group)),
+        }
+    }
     documents
 }
 

@@ -388,6 +388,15 @@ impl Storage for SqliteStorage {
         origins::forget_member(&mut writer, region).await.map_err(failed)
     }
 
+    async fn find_document(&self, document: &DocumentId) -> Result<Option<ListedDocument>, StorageError> {
+        let row: Option<ListedRow> = sqlx::query_as(schema::FIND_DOCUMENT)
+            .bind(document.as_bytes())
+            .fetch_optional(&self.readers)
+            .await
+            .map_err(failed)?;
+        row.map(ListedRow::listed).transpose()
+    }
+
     async fn list_documents(
         &self,
         after: Option<&DocumentId>,

@@ -17,6 +17,8 @@ use tokio_tungstenite::tungstenite;
 
 use crate::support::{Client, Heard, Node, document_id, eventually, get, in_time, number, put, settings};
 
+mod twice;
+
 /// Two regions of the group "eu" and one outside, all linked.
 struct Cluster {
     frankfurt: Node,

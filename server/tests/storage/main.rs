@@ -9,6 +9,7 @@ mod append;
 mod deletion;
 mod documents;
 mod fixture;
+mod groups;
 mod log;
 mod opening;
 mod postgres;
@@ -82,6 +83,10 @@ contract! {
     regions::clause_5_the_same_run_from_another_node_does_not_stand_for_the_rest_of_a_batch,
     regions::clause_4_an_origin_is_claimed_until_it_is_replaced_or_comes_from_elsewhere,
     regions::clause_5_two_nodes_that_store_the_same_logs_leave_no_hole_and_no_duplicate,
+    groups::clause_19_what_comes_under_another_group_is_logged_and_not_merged,
+    groups::clause_19_of_two_groups_in_one_batch_the_first_has_the_document,
+    groups::clause_19_writers_that_create_documents_in_two_groups_at_once_mix_nothing,
+    groups::clause_19_a_tombstone_is_of_the_group_of_its_document,
     log::clause_8_truncation_spares_what_is_young,
     log::clause_13_adopted_origins_go_forward_and_leave_their_logs_truncated,
     log::clause_13_what_a_snapshot_lacked_is_noted_until_it_is_found,

@@ -12,9 +12,11 @@ use isobar_protocol::scrub::{Comparison, Cut, Difference, Fingerprint, Seen, Ste
 use tokio::sync::oneshot;
 
 use super::{ANSWER_PATIENCE, Checked, DIVERGENCES_MAX, Divergence, Outcome, raise_stored};
+use crate::replication::snapshot::shared;
 use crate::replication::task::scrub::{Question, ScrubCall};
 use crate::replication::{Parts, Replication};
 use crate::scrub::Survey;
+use crate::storage::{DocumentState, ListedDocument};
 
 /// How long an answer is waited for that takes the other side a pass through all of its documents.
 const SURVEY_PATIENCE: Duration = Duration::from_secs(30 * 60);
@@ -45,8 +47,12 @@ impl Check<'_> {
             Err(outcome) => return Checked::without(outcome),
         };
         let mut divergences = Vec::new();
-        let mut all_repaired = true;
+        let (mut found, mut all_repaired) = (0, true);
         for (document, difference) in verdict.kinds() {
+            if self.is_deleted_in_another_group(document, difference).await.unwrap_or(false) {
+                continue;
+            }
+            found += 1;
             tracing::error!(region = %self.region, %document, ?difference, "regions differ in a document");
             self.parts.metrics.scrub_differences.increment(1);
             let seen = verdict.differences[document];
@@ -57,7 +63,6 @@ impl Check<'_> {
                 divergences.push(Divergence { document: document.clone(), difference, repaired });
             }
         }
-        let found = verdict.differences.len();
         let outcome = match (found, all_repaired) {
             (0, _) => Outcome::Equal,
             (_, true) => Outcome::Repaired,
@@ -142,6 +147,31 @@ impl Check<'_> {
         };
         let ours = self.parts.surveyor.look_at(documents, &self.groups).await?;
         Ok((theirs, ours))
+    }
+
+    /// Whether the document was deleted on one side in a group that the two do not share, so that side does not list it. The
+    /// deletion wins, and nothing was lost: the other side is given it.
+    async fn is_deleted_in_another_group(
+        &self,
+        document: &DocumentId,
+        difference: Difference,
+    ) -> Result<bool, Outcome> {
+        let Parts { documents, committer, storage, .. } = self.parts;
+        let ours = storage.find_document(document).await?;
+        let is_deleted = |it: &ListedDocument| matches!(it.state, DocumentState::Deleted { .. });
+        if ours.filter(is_deleted).is_some_and(|it| !self.groups.contains(&it.group)) {
+            let tombstone = documents.contents(document).await.ok().flatten();
+            if let Some(contents) = tombstone.and_then(|it| shared(it, &self.groups)) {
+                self.replication.call(ScrubCall::Offer { link: self.link, contents }).await;
+            }
+            return Ok(true);
+        }
+        if difference != Difference::MissingThere {
+            return Ok(false);
+        }
+        let theirs = self.replication.fetch(self.link, document, &self.groups).await?;
+        let Some(tombstone) = theirs.filter(|it| it.deleted_at_ms.is_some()) else { return Ok(false) };
+        Ok(documents.mend(tombstone, committer).await.is_ok())
     }
 
     /// Has both sides take what they lack of a document. Returns whether they came to the same.

@@ -4,7 +4,9 @@ use super::erasure::Pass;
 use super::{Database, LoggedRun, Origin, Tombstone};
 use crate::storage::clock::now_ms;
 use crate::storage::log_run::{FoundCounter, judge_refused};
-use crate::storage::{Batch, Deletion, DocumentAppend, RunAppend, StorageError, StoredRun, Writer};
+use crate::storage::{
+    Batch, Deletion, DocumentAppend, DocumentState, RunAppend, StorageError, StoredRun, Writer, two_groups,
+};
 
 pub(super) fn append(database: &mut Database, batch: &Batch) -> Result<(), StorageError> {
     if !batch.runs.iter().all(|run| database.is_next(run)) {
@@ -56,15 +58,21 @@ impl Database {
 
     fn store_changes(&mut self, append: &DocumentAppend) {
         let Some(document) = self.document_mut(&append.document, &append.group) else { return };
+        if document.group != append.group {
+            let reason = two_groups(&document.group, &append.group);
+            document.state = DocumentState::Quarantined { reason };
+            return;
+        }
         for (_, change) in &append.changes {
             document.changes.entry(change.hash).or_insert_with(|| change.bytes.clone());
         }
     }
 
     fn delete(&mut self, deletion: &Deletion) {
-        self.documents.remove(&deletion.document);
+        let removed = self.documents.remove(&deletion.document);
         self.unerased.insert(deletion.document.clone(), Pass::Next);
         let Deletion { document, group, deleted_at_ms } = deletion.clone();
+        let group = removed.map_or(group, |it| it.group);
         let tombstone = self.tombstones.entry(document).or_insert(Tombstone { group, deleted_at_ms });
         tombstone.deleted_at_ms = tombstone.deleted_at_ms.min(deleted_at_ms);
     }

@@ -1,5 +1,6 @@
 //! An append as one statement: one round trip, and a transaction by itself.
 
+use isobar_protocol::ids::{DocumentId, PlacementGroup};
 use sqlx::error::BoxDynError;
 use sqlx::postgres::{PgArguments, PgConnection};
 use sqlx::{Arguments, Connection};
@@ -8,6 +9,7 @@ use super::{BULK_TIMEOUT, CALL_TIMEOUT, PostgresStorage, deletion, failed};
 use crate::storage::bundle::{Bundle, bundle};
 use crate::storage::clock::now_ms;
 use crate::storage::failure::signed;
+use crate::storage::schema::two_groups;
 use crate::storage::{Batch, RunAppend, StorageError, Writer, schema};
 
 /// Most bytes of bundles in one statement. The protocol's limit is 1 GiB, and both sides hold a statement in memory
@@ -15,6 +17,10 @@ use crate::storage::{Batch, RunAppend, StorageError, Writer, schema};
 const STATEMENT_BYTES_MAX: usize = 32 << 20;
 
 /// Inserts documents and bundles. What it reads from, `raised`, is empty unless the counters were raised.
+///
+/// Documents that are there in their group, as nearly all are, are passed over without being locked. An insert that finds a
+/// document nevertheless, because another node created it meanwhile or because it is of another group, returns the group that
+/// it has; a bundle is stored only where that is its own (clause 19).
 macro_rules! insert_contents {
     ($on_conflict:literal) => {
         concat!(
@@ -23,13 +29,26 @@ macro_rules! insert_contents {
                 SELECT d.id, d.placement_group, 0, $1 \
                 FROM raised, unnest($2::bytea[], $3::text[]) AS d (id, placement_group) \
                 WHERE NOT EXISTS (SELECT 1 FROM tombstones t WHERE t.document_id = d.id) \
-                ON CONFLICT (id) DO NOTHING \
+                    AND NOT EXISTS (SELECT 1 FROM documents o \
+                        WHERE o.id = d.id AND o.placement_group = d.placement_group) \
+                ON CONFLICT (id) DO UPDATE SET \
+                    state = CASE WHEN documents.placement_group = excluded.placement_group \
+                        THEN documents.state ELSE 1 END, \
+                    state_reason = CASE WHEN documents.placement_group = excluded.placement_group \
+                        THEN documents.state_reason ELSE ",
+            two_groups!("documents.placement_group", "excluded.placement_group"),
+            " END \
+                RETURNING id, placement_group \
             ), stored AS ( \
                 INSERT INTO changes (document_id, origin, first_seq, hashes, changes) \
                 SELECT b.document_id, b.origin, b.first_seq, b.hashes, b.changes \
-                FROM raised, unnest($4::bytea[], $5::bytea[], $6::bigint[], $7::bytea[], $8::bytea[]) \
-                    AS b (document_id, origin, first_seq, hashes, changes) \
-                WHERE NOT EXISTS (SELECT 1 FROM tombstones t WHERE t.document_id = b.document_id) ",
+                FROM raised, \
+                    unnest($4::bytea[], $5::bytea[], $6::bigint[], $7::bytea[], $8::bytea[], $9::text[]) \
+                    AS b (document_id, origin, first_seq, hashes, changes, placement_group) \
+                    LEFT JOIN documents d ON d.id = b.document_id \
+                    LEFT JOIN created c ON c.id = b.document_id \
+                WHERE coalesce(c.placement_group, d.placement_group) = b.placement_group \
+                    AND NOT EXISTS (SELECT 1 FROM tombstones t WHERE t.document_id = b.document_id) ",
             $on_conflict,
             ") SELECT all_raised FROM raised"
         )
@@ -39,11 +58,11 @@ macro_rules! insert_contents {
 /// With one run of an own origin, the case that is to be fast.
 const APPEND_OWN: &str = concat!(
     "WITH raised AS ( \
-        UPDATE origins SET seq = $11, chain = $14 WHERE id = $9 AND incarnation = $12 AND seq = $10 - 1 \
+        UPDATE origins SET seq = $12, chain = $15 WHERE id = $10 AND incarnation = $13 AND seq = $11 - 1 \
         RETURNING 1 AS all_raised \
     ), appended AS ( \
         INSERT INTO log (origin, last_seq, first_seq, appended_at, chain_before, body) \
-        SELECT $9, $11, $10, $1, $13, $15 FROM raised \
+        SELECT $10, $12, $11, $1, $14, $16 FROM raised \
     ), ",
     insert_contents!("")
 );
@@ -55,8 +74,8 @@ const APPEND_OWN: &str = concat!(
 const APPEND_RUNS: &str = concat!(
     "WITH runs AS ( \
         SELECT * FROM unnest( \
-            $9::bytea[], $10::bigint[], $11::bigint[], $12::bigint[], $13::bytea[], $14::bytea[], $15::bytea[], \
-            $16::text[], $17::text[] \
+            $10::bytea[], $11::bigint[], $12::bigint[], $13::bigint[], $14::bytea[], $15::bytea[], $16::bytea[], \
+            $17::text[], $18::text[] \
         ) AS r (origin, first_seq, last_seq, incarnation, chain_before, chain, body, region, placement_group) \
     ), own AS ( \
         UPDATE origins SET seq = r.last_seq, chain = r.chain FROM runs r \
@@ -90,6 +109,14 @@ const APPEND_REPEATABLY: &str = concat!(
     insert_contents!("ON CONFLICT (document_id, origin, first_seq) DO NOTHING")
 );
 
+/// Documents of a batch that come up in it under a second group, when they are there.
+const QUARANTINE_REGROUPED: &str = concat!(
+    "UPDATE documents d SET state = 1, state_reason = ",
+    two_groups!("d.placement_group", "r.placement_group"),
+    " FROM unnest($1::bytea[], $2::text[]) AS r (id, placement_group) \
+      WHERE d.id = r.id AND d.placement_group <> r.placement_group"
+);
+
 const DIVISION_BY_ZERO: &str = "22012";
 
 /// Appends a batch; `false` if some counter was elsewhere or some incarnation is an older one, and nothing was stored.
@@ -114,8 +141,7 @@ struct Statement {
 fn statements(batch: &Batch) -> Result<Vec<Statement>, BoxDynError> {
     let now = now_ms();
     let documents = schema::documents(&batch.changes);
-    let (ids, groups) = documents.iter().map(|(id, group)| (id.as_bytes(), group.as_str())).unzip();
-    let mut created: (Vec<&[u8]>, Vec<&str>) = (ids, groups);
+    let mut created = document_columns(&documents.created);
     let mut statements = Vec::new();
     for part in bundle_columns(bundle(&batch.changes)) {
         let mut arguments = PgArguments::default();
@@ -138,7 +164,18 @@ fn statements(batch: &Batch) -> Result<Vec<Statement>, BoxDynError> {
         };
         statements.push(Statement { text, arguments });
     }
+    if !documents.regrouped.is_empty() {
+        let mut arguments = PgArguments::default();
+        let (ids, groups) = document_columns(&documents.regrouped);
+        arguments.add(ids)?;
+        arguments.add(groups)?;
+        statements.push(Statement { text: QUARANTINE_REGROUPED, arguments });
+    }
     Ok(statements)
+}
+
+fn document_columns<'a>(documents: &[(&'a DocumentId, &'a PlacementGroup)]) -> (Vec<&'a [u8]>, Vec<&'a str>) {
+    documents.iter().map(|(id, group)| (id.as_bytes(), group.as_str())).unzip()
 }
 
 /// The columns of many bundles, one array each.
@@ -149,6 +186,7 @@ struct BundleColumns<'a> {
     first_seqs: Vec<i64>,
     hashes: Vec<Vec<u8>>,
     changes: Vec<Vec<u8>>,
+    groups: Vec<&'a str>,
 }
 
 impl BundleColumns<'_> {
@@ -157,7 +195,8 @@ impl BundleColumns<'_> {
         arguments.add(self.origins)?;
         arguments.add(self.first_seqs)?;
         arguments.add(self.hashes)?;
-        arguments.add(self.changes)
+        arguments.add(self.changes)?;
+        arguments.add(self.groups)
     }
 }
 
@@ -177,6 +216,7 @@ fn bundle_columns(bundles: Vec<Bundle<'_>>) -> Vec<BundleColumns<'_>> {
         part.first_seqs.push(signed(bundle.first.0));
         part.hashes.push(bundle.hashes);
         part.changes.push(bundle.changes);
+        part.groups.push(bundle.group.as_str());
     }
     parts
 }

@@ -12,6 +12,7 @@ use super::{deletion, failed};
 use crate::storage::bundle::{Bundle, bundle};
 use crate::storage::clock::now_ms;
 use crate::storage::failure::signed;
+use crate::storage::schema::two_groups;
 use crate::storage::{Batch, RunAppend, StorageError, Writer, schema};
 
 /// Takes the write lock at once: a transaction that begins by reading may find, when it wants to write, that what
@@ -49,13 +50,20 @@ const INSERT_DOCUMENTS: Rows = Rows {
     head: "; INSERT INTO documents (id, placement_group, state, created_at) \
            SELECT column1, column2, 0, column3 FROM (VALUES ",
     row: "(?, ?, ?)",
-    tail: ") WHERE NOT EXISTS (SELECT 1 FROM tombstones WHERE document_id = column1) ON CONFLICT (id) DO NOTHING",
+    tail: concat!(
+        ") WHERE NOT EXISTS (SELECT 1 FROM tombstones WHERE document_id = column1) \
+         ON CONFLICT (id) DO UPDATE SET state = 1, state_reason = ",
+        two_groups!("documents.placement_group", "excluded.placement_group"),
+        " WHERE documents.placement_group <> excluded.placement_group"
+    ),
 };
 
+/// A document that was deleted is not there, and one of another group takes nothing.
 const INSERT_BUNDLES: Rows = Rows {
-    head: "; INSERT INTO changes (document_id, origin, first_seq, hashes, changes) SELECT * FROM (VALUES ",
-    row: "(?, ?, ?, ?, ?)",
-    tail: ") WHERE NOT EXISTS (SELECT 1 FROM tombstones WHERE document_id = column1)",
+    head: "; INSERT INTO changes (document_id, origin, first_seq, hashes, changes) \
+           SELECT column1, column2, column3, column4, column5 FROM (VALUES ",
+    row: "(?, ?, ?, ?, ?, ?)",
+    tail: ") WHERE EXISTS (SELECT 1 FROM documents WHERE id = column1 AND placement_group = column6)",
 };
 
 /// Without a run there is no counter by which a repeated batch would be known.
@@ -105,13 +113,14 @@ struct Script {
 
 fn script(batch: &Batch) -> Result<Script, BoxDynError> {
     let documents = schema::documents(&batch.changes);
-    let keep = documents.len() <= KEPT_DOCUMENTS_MAX;
+    let keep = documents.created.len() <= KEPT_DOCUMENTS_MAX && documents.regrouped.is_empty();
     let mut script = Script { text: String::from(BEGIN), arguments: SqliteArguments::default(), keep };
     let now = now_ms();
     for run in &batch.runs {
         script.push_run(run, now)?;
     }
-    for part in documents.chunks(STATEMENT_ROWS_MAX) {
+    let parts = documents.created.chunks(STATEMENT_ROWS_MAX);
+    for part in parts.chain(documents.regrouped.chunks(STATEMENT_ROWS_MAX)) {
         script.push_rows(&INSERT_DOCUMENTS, part.len());
         for document in part {
             script.bind_document(*document, now)?;
@@ -181,6 +190,7 @@ impl Script {
         self.arguments.add(&bundle.origin.0.as_bytes()[..])?;
         self.arguments.add(signed(bundle.first.0))?;
         self.arguments.add(&bundle.hashes[..])?;
-        self.arguments.add(&bundle.changes[..])
+        self.arguments.add(&bundle.changes[..])?;
+        self.arguments.add(bundle.group.as_str())
     }
 }

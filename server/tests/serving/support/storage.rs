@@ -277,6 +277,10 @@ impl Storage for FaultyStorage {
         self.inner.acknowledgements().await
     }
 
+    async fn find_document(&self, document: &DocumentId) -> Result<Option<ListedDocument>, StorageError> {
+        self.inner.find_document(document).await
+    }
+
     async fn list_documents(
         &self,
         after: Option<&DocumentId>,
