@@ -19,7 +19,9 @@
 //! Positions that are noted *before* the look would not do: a change that arrives between the two is seen and not waited for.
 //! The first look may be as old as it likes, the second must be taken after the wait. What came by no log is beyond this:
 //! while a region fetches a snapshot it is not compared, and what a search brought ahead of a log that nobody can send at the
-//! moment may be reported, which is true: it is missing there.
+//! moment may be reported, which is true: it is missing there. The same holds of an entry that came erased, because its sender knew
+//! of the document's deletion, ahead of the tombstone in another log: until that comes, too, one side has what the other never
+//! got. Both are rare, and what is done about it is right either way: the document is given back, and goes with the tombstone.
 //!
 //! A comparison is of one link. When that closes it is of no more use: positions count for the present link only, because a
 //! region that was restored from an older copy comes back on a new one.

@@ -132,6 +132,17 @@ impl Disk {
         self.erase(document);
     }
 
+    /// Whether an entry of a document came erased, from a region that knew of its deletion, and the tombstone has not come
+    /// yet: it is in another log.
+    pub fn is_erased_ahead(&self, document: &DocumentId) -> bool {
+        let is_deleted = self.documents.get(document).is_some_and(|row| row.deleted_at_ms.is_some());
+        let bodies = self.origins.values().flat_map(|row| row.runs.values()).map(|run| &run.body);
+        let mut entries = bodies.flat_map(|body| log::decode_run(body).expect("stored runs decode"));
+        let is_erased =
+            |it: log::Entry| it.document == *document && matches!(it.content, log::Content::Erased { .. });
+        !is_deleted && entries.any(is_erased)
+    }
+
     /// Erases a document's changes from every run.
     pub fn erase(&mut self, document: &DocumentId) {
         for run in self.origins.values_mut().flat_map(|row| row.runs.values_mut()) {

@@ -226,7 +226,7 @@ impl World {
         };
         match next {
             Step::Finish(verdict) => {
-                self.judge(&verdict);
+                self.judge(&running, &verdict);
                 None
             }
             step => {
@@ -237,16 +237,23 @@ impl World {
     }
 
     /// Nothing is lost from any disk while a schedule runs, unless it is rolled back; and unless documents were fetched whole,
-    /// ahead of the logs, all that differs is on its way.
-    fn judge(&mut self, verdict: &Verdict) {
+    /// ahead of the logs, all that differs is on its way; but see [`Disk::is_erased_ahead`].
+    fn judge(&mut self, running: &RunningScrub, verdict: &Verdict) {
         self.count("scrubs");
         if verdict.moving > 0 {
             self.count("scrubs that saw documents move");
         }
-        let is_explained = self.counts.has("pages") || !self.ledger.rolled_back.is_empty();
-        if !verdict.differences.is_empty() && !is_explained {
-            self.violate(Invariant::Scrub, || format!("a scrub reports {:?}", verdict.differences));
+        if self.counts.has("pages") || !self.ledger.rolled_back.is_empty() {
+            return;
         }
+        let ends = [0, 1].map(|end| &self.regions[self.end(running, end)]);
+        let is_erased_ahead = |id: &DocumentId| ends.iter().any(|region| region.disk.is_erased_ahead(id));
+        let unexplained: Vec<_> = verdict.differences.iter().filter(|(id, _)| !is_erased_ahead(id)).collect();
+        if unexplained.is_empty() {
+            return;
+        }
+        let detail = format!("a scrub of {} by {} reports {unexplained:?}", ends[1].name, ends[0].name);
+        self.violate(Invariant::Scrub, || detail);
     }
 
     /// Fingerprints that were kept are those of what is there.
