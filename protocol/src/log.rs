@@ -125,6 +125,8 @@ pub enum RunError {
     Malformed(#[from] ReadError),
     #[error("a run of log entries holds an unreadable change: {0}")]
     Change(#[from] ChangeError),
+    #[error("a run of log entries holds a change that is none, or whose checksum is another")]
+    Unnamed,
 }
 
 /// Packs entries into a body.
@@ -253,6 +255,25 @@ pub fn run_length(body: &Bytes) -> Result<u64, RunError> {
         Ok(())
     })?;
     Ok(count)
+}
+
+/// How many entries a body holds, and the chain after them. Every change is hashed and its checksum compared.
+pub fn measure_run(before: Chain, body: &Bytes) -> Result<(u64, Chain), RunError> {
+    let limits = Limits::stored();
+    let (mut count, mut chain) = (0, before);
+    walk(body, |document, raw| {
+        chain = match raw {
+            Raw::Change(bytes) => {
+                let hash = change_name(&bytes, &limits).ok_or(RunError::Unnamed)?;
+                chain.after_change(document, &hash)
+            }
+            Raw::Tombstone(deleted_at_ms) => chain.after_tombstone(document, deleted_at_ms),
+            Raw::Erased(hash) => chain.after_change(document, &hash),
+        };
+        count += 1;
+        Ok(())
+    })?;
+    Ok((count, chain))
 }
 
 /// A body in which a document's changes are erased; `None` if it holds none of them. The chain over it stays.

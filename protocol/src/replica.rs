@@ -483,6 +483,11 @@ impl Replica {
         self.origins.iter().map(|(id, origin)| progress(*id, origin)).collect()
     }
 
+    /// How far an origin is durable here, and the chain there.
+    pub fn position(&self, origin: OriginId) -> Option<(Seq, Chain)> {
+        self.origins.get(&origin).map(|origin| origin.durable)
+    }
+
     /// Origins of which two logs exist.
     pub fn forked(&self) -> impl Iterator<Item = OriginId> {
         self.origins.iter().filter(|(_, origin)| origin.forked).map(|(id, _)| *id)

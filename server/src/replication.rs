@@ -54,6 +54,7 @@ mod pace;
 mod parts;
 mod scrub;
 mod snapshot;
+mod stored_log;
 mod task;
 mod tls;
 mod truncate;

@@ -49,7 +49,7 @@
 //! 15. **Damage stays in its row.** A row of changes that does not decode is left out of the tail, and named beside it
 //!     ([`StoredDocument::damaged_rows`]); the rest of the document is read, and nothing fails. [`Storage::mend_changes`] gives
 //!     every stored copy of a change the bytes that the caller has for it, and removes rows that do not decode; a change that is
-//!     not stored stays out.
+//!     not stored stays out. A log of which runs are lost reads as far as they are there, and below the next as truncated.
 //! 16. **Members are remembered.** [`Storage::note_member`] keeps when a region was last linked, which never goes back, until
 //!     [`Storage::forget_member`] removes all that is known of it.
 //! 17. **Nodes are registered.** The database remembers the nodes that were started on it ([`Storage::register_node`]), in
@@ -382,7 +382,7 @@ pub trait Storage: Send + Sync + 'static {
     async fn set_state(&self, document: &DocumentId, state: &DocumentState) -> Result<(), StorageError>;
 
     /// The runs of `origin` from the one that holds the entry after `after` on, in order, up to about `bytes_max` bytes
-    /// of bodies, at least one if there is any (clauses 2, 8 and 12). The first may begin before `after`.
+    /// of bodies, at least one if there is any (clauses 2, 8, 12 and 15). The first may begin before `after`.
     async fn read_log(
         &self,
         origin: OriginId,
@@ -424,10 +424,10 @@ pub trait Storage: Send + Sync + 'static {
     /// What was noted.
     async fn acknowledgements(&self) -> Result<Vec<Acknowledgement>, StorageError>;
 
-    /// Notes that a region was linked then, and whether it needs a snapshot (clause 15).
+    /// Notes that a region was linked then, and whether it needs a snapshot (clause 16).
     async fn note_member(&self, member: &Member) -> Result<(), StorageError>;
 
-    /// The regions that were ever linked, by name (clause 15).
+    /// The regions that were ever linked, by name (clause 16).
     async fn members(&self) -> Result<Vec<Member>, StorageError>;
 
     /// Removes a region and its acknowledgements. Returns whether it was known.

@@ -134,6 +134,7 @@ pub struct Metrics {
     pub verified_bytes: Counter,
     pub changes_damaged: Counter,
     pub bases_damaged: Counter,
+    pub log_runs_damaged: Counter,
     pub damage_mended: Counter,
 }
 
@@ -375,5 +376,7 @@ registered! {
     changes_damaged: counter = "isobar_stored_changes_damaged_total",
         "Stored changes, and rows of them, whose bytes were found to be damaged.";
     bases_damaged: counter = "isobar_stored_bases_damaged_total", "Stored bases that were found to be damaged.";
+    log_runs_damaged: counter = "isobar_stored_log_runs_damaged_total",
+        "Times that a stored run of log entries was found to be damaged when another region was to have it.";
     damage_mended: counter = "isobar_stored_damage_mended_total", "Documents with damaged bytes that were mended from another region.";
 }

@@ -14,15 +14,6 @@ use super::{Batch, RunAppend, StorageError, StoredRun, Writer};
 /// About how many bytes of runs one step of erasing reads: what it keeps others waiting for.
 const ERASE_BYTES_MAX: usize = 4 << 20;
 
-/// Stored runs that do not follow each other, or do not end where the counter stands: the database is damaged.
-#[derive(Debug, thiserror::Error)]
-#[error("the log has a hole: after {after:?} comes a run of {first:?}..={last:?}")]
-struct Hole {
-    after: Seq,
-    first: Seq,
-    last: Seq,
-}
-
 /// Checks what every implementation relies on.
 ///
 /// # Panics
@@ -47,19 +38,20 @@ pub(super) fn check(batch: &Batch) {
 }
 
 /// What a reader at `after` gets of an origin whose counter stands at `seq`: `runs` are those that end after `after`
-/// (clause 8).
-pub(super) fn gather(seq: Seq, after: Seq, runs: Vec<StoredRun>) -> Result<Vec<StoredRun>, StorageError> {
+/// (clauses 8 and 15).
+pub(super) fn gather(seq: Seq, after: Seq, mut runs: Vec<StoredRun>) -> Result<Vec<StoredRun>, StorageError> {
     let Some(oldest) = runs.first() else {
         return if after < seq { Err(StorageError::Truncated { floor: seq }) } else { Ok(runs) };
     };
     if oldest.first.0 > after.0 + 1 {
         return Err(StorageError::Truncated { floor: Seq(oldest.first.0 - 1) });
     }
-    for (run, next) in runs.iter().zip(&runs[1..]) {
-        if next.first.0 != run.last.0 + 1 {
-            let hole = Hole { after: run.last, first: next.first, last: next.last };
-            return Err(StorageError::Fatal(Box::new(hole)));
-        }
+    let follows = |[run, next]: &[StoredRun; 2]| next.first.0 == run.last.0 + 1;
+    let followed = runs.array_windows().take_while(|pair| follows(pair)).count();
+    if followed + 1 < runs.len() {
+        let (run, next) = (&runs[followed], &runs[followed + 1]);
+        tracing::error!(after = run.last.0, first = next.first.0, last = next.last.0, "the log has a hole");
+        runs.truncate(followed + 1);
     }
     Ok(runs)
 }
@@ -139,25 +131,28 @@ fn is_stored(runs: &[RunAppend], found: &[Option<FoundCounter>]) -> bool {
     })
 }
 
-/// A run's body without the changes of `documents`; `None` if it holds none of them (clause 12).
-pub(super) fn erase(body: &Bytes, documents: &BTreeSet<DocumentId>) -> Result<Option<Bytes>, StorageError> {
+/// A run's body without the changes of `documents`; `None` if it holds none of them (clause 12), or cannot be read: then it
+/// has no reader either, and shall not keep what is behind it from anybody.
+fn erase(run: &StoredRun, documents: &BTreeSet<DocumentId>) -> Option<Bytes> {
     if documents.is_empty() {
-        return Ok(None);
+        return None;
     }
-    let without = log::erase_where(body, |document| documents.contains(document));
-    without.map(|body| body.map(Bytes::from)).map_err(|error| StorageError::Fatal(Box::new(error)))
+    let erased = log::erase_where(&run.body, |document| documents.contains(document));
+    let erased = erased.unwrap_or_else(|error| {
+        tracing::error!(%error, first = run.first.0, last = run.last.0, "a stored run cannot be erased");
+        None
+    });
+    erased.map(Bytes::from)
 }
 
 /// Runs as a reader gets them while the changes of `unerased` may still stand in the log (clause 12).
-pub(super) fn erase_all(
-    runs: Vec<StoredRun>,
-    unerased: &BTreeSet<DocumentId>,
-) -> Result<Vec<StoredRun>, StorageError> {
-    let without = |run: StoredRun| {
-        let body = erase(&run.body, unerased)?;
-        Ok(StoredRun { body: body.unwrap_or(run.body), ..run })
-    };
-    runs.into_iter().map(without).collect()
+pub(super) fn erase_all(mut runs: Vec<StoredRun>, unerased: &BTreeSet<DocumentId>) -> Vec<StoredRun> {
+    for run in &mut runs {
+        if let Some(body) = erase(run, unerased) {
+            run.body = body;
+        }
+    }
+    runs
 }
 
 /// What one step of erasing may still read, and what it has done (clause 18).
@@ -181,11 +176,7 @@ impl ErasureBudget {
     pub fn erase(&mut self, run: &StoredRun, unerased: &BTreeSet<DocumentId>) -> Option<Bytes> {
         self.runs = self.runs.saturating_sub(1);
         self.bytes = self.bytes.saturating_sub(run.body.len());
-        // A body that cannot be read has no reader either, and shall not keep everything behind it from being erased.
-        let erased = erase(&run.body, unerased).unwrap_or_else(|error| {
-            tracing::error!(%error, first = run.first.0, last = run.last.0, "a stored run cannot be erased");
-            None
-        });
+        let erased = erase(run, unerased);
         self.rewritten += u64::from(erased.is_some());
         erased
     }
@@ -248,9 +239,11 @@ mod tests {
     }
 
     #[test]
-    fn a_hole_between_runs_is_noticed() {
-        let runs = vec![stored(&own(1, 1)), stored(&own(3, 3))];
-        assert!(matches!(gather(Seq(3), Seq(0), runs), Err(StorageError::Fatal(_))));
+    fn a_reader_gets_what_is_before_a_hole_and_then_is_refused() {
+        let runs = || [own(1, 1), own(2, 4), own(6, 6), own(7, 7)].map(|run| stored(&run));
+        assert_eq!(gather(Seq(7), Seq(0), runs().to_vec()).unwrap(), runs()[..2]);
+        let refused = gather(Seq(7), Seq(4), runs()[2..].to_vec());
+        assert!(matches!(refused, Err(StorageError::Truncated { floor: Seq(5) })));
     }
 
     #[test]

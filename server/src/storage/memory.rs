@@ -351,7 +351,7 @@ impl Storage for MemoryStorage {
             bytes += run.body.len();
             fits
         });
-        erase_all(gather(row.seq, after, runs.cloned().collect())?, &database.unerased())
+        Ok(erase_all(gather(row.seq, after, runs.cloned().collect())?, &database.unerased()))
     }
 
     async fn truncate_log(

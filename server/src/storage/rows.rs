@@ -225,7 +225,7 @@ impl FoundLog {
 pub(super) fn read_runs(rows: Vec<LogRow>, after: Seq) -> Result<Vec<StoredRun>, StorageError> {
     let found = FoundLog::from_rows(rows)?;
     let Some(seq) = found.seq else { return Ok(Vec::new()) };
-    erase_all(gather(seq, after, found.runs)?, &found.unerased)
+    Ok(erase_all(gather(seq, after, found.runs)?, &found.unerased))
 }
 
 /// Of [`super::schema::READ_COUNTER`].

@@ -67,16 +67,45 @@ impl Database {
     }
 }
 
+/// The secret of the regions that a test links.
+const CLUSTER_KEY: &str = "a secret that only the regions of one test share";
+
 /// The server process, which can be stopped, killed and started again at the same address.
 pub struct Region {
     pub database: Database,
+    name: String,
     process: Option<Child>,
     port: u16,
+    links: Option<Links>,
+}
+
+/// How a region is linked to others.
+struct Links {
+    port: u16,
+    /// The regions that it dials.
+    peers: Vec<String>,
 }
 
 impl Region {
     pub async fn start(kind: Kind) -> Self {
-        let mut region = Self { database: Database::create(kind).await, process: None, port: 0 };
+        Self::start_as("tests", kind, None).await
+    }
+
+    /// So many regions, each on a database of its own, linked to each other if there are several.
+    pub async fn start_linked(kind: Kind, count: usize) -> Vec<Self> {
+        let mut regions: Vec<Self> = Vec::new();
+        for number in 0..count {
+            let peers = regions.iter().filter_map(|it| it.links.as_ref());
+            let peers = peers.map(|it| format!("ws://127.0.0.1:{}", it.port)).collect();
+            let links = (count > 1).then_some(Links { port: 0, peers });
+            regions.push(Self::start_as(&format!("tests-{number}"), kind, links).await);
+        }
+        regions
+    }
+
+    async fn start_as(name: &str, kind: Kind, links: Option<Links>) -> Self {
+        let database = Database::create(kind).await;
+        let mut region = Self { database, name: name.to_owned(), process: None, port: 0, links };
         region.start_process();
         region
     }
@@ -116,14 +145,18 @@ impl Region {
     }
 
     fn start_process(&mut self) {
-        let mut process = Command::new(PathBuf::from(env!("CARGO_BIN_EXE_isobar")))
-            .args(["serve", "--region", "tests", "--admin-listen", "127.0.0.1:0"])
+        let mut command = Command::new(PathBuf::from(env!("CARGO_BIN_EXE_isobar")));
+        command
+            .args(["serve", "--region", &self.name, "--admin-listen", "127.0.0.1:0"])
             .args(["--listen", &format!("127.0.0.1:{}", self.port)])
-            .args(["--database", &self.database.url()])
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
+            .args(["--database", &self.database.url()]);
+        if let Some(links) = &self.links {
+            command
+                .env("ISOBAR_CLUSTER_KEY", CLUSTER_KEY)
+                .args(["--peer-listen", &format!("127.0.0.1:{}", links.port)])
+                .args(links.peers.iter().flat_map(|peer| ["--peer", peer]));
+        }
+        let mut process = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
         let stdout = process.stdout.take().expect("stdout is piped");
         self.process = Some(process);
         let (announce, announced) = mpsc::channel();
@@ -133,14 +166,19 @@ impl Region {
                 let _ = announce.send(line);
             }
         });
-        self.port = await_port(&announced);
+        self.port = await_port(&announced, "clients");
+        if let Some(links) = &mut self.links {
+            links.port = await_port(&announced, "peers");
+        }
     }
 }
 
-fn await_port(announced: &mpsc::Receiver<String>) -> u16 {
+/// The port of a listener, when the process says that it is open.
+fn await_port(announced: &mpsc::Receiver<String>, listener: &str) -> u16 {
+    let opening = format!("{listener}: ws://127.0.0.1:");
     loop {
         let line = announced.recv_timeout(START_WITHIN).expect("isobar announces its address in time");
-        if let Some(address) = line.strip_prefix("clients: ws://127.0.0.1:") {
+        if let Some(address) = line.strip_prefix(&opening) {
             return address.trim_end_matches('/').parse().expect("the address ends with a port");
         }
     }

@@ -126,9 +126,10 @@ async fn shows(handle: &DocHandle, expected: &[&str]) {
     assert!(arrived.is_ok(), "expected {expected:?}, got {:?}", items(handle));
 }
 
-async fn two_repositories_converge_through_a_region_and_across_its_restarts(kind: Kind) {
-    let mut region = Region::start(kind).await;
-    let (left, right) = (Client::connect(&region).await, Client::connect(&region).await);
+/// Two repositories, each at one end of so many regions.
+async fn two_repositories_converge_through_regions_and_across_their_restarts(kind: Kind, count: usize) {
+    let mut regions = Region::start_linked(kind, count).await;
+    let (left, right) = (Client::connect(&regions[0]).await, Client::connect(&regions[count - 1]).await);
     let near = left.repo.create(Automerge::new()).await.unwrap();
     add(&near, "first");
     left.saved(&near).await;
@@ -138,7 +139,7 @@ async fn two_repositories_converge_through_a_region_and_across_its_restarts(kind
     add(&far, "second");
     shows(&near, &["first", "second"]).await;
 
-    region.restart();
+    regions.iter_mut().for_each(Region::restart);
     add(&near, "third");
     add(&far, "fourth");
     let expected = ["first", "fourth", "second", "third"];
@@ -147,11 +148,11 @@ async fn two_repositories_converge_through_a_region_and_across_its_restarts(kind
     left.saved(&near).await;
     right.saved(&far).await;
 
-    // Whoever comes after a crash gets it all from the region, since the others are gone.
+    // Whoever comes after a crash gets it all from the last region, since the others are gone.
     in_time("the first repository to stop", left.repo.stop()).await;
     in_time("the second repository to stop", right.repo.stop()).await;
-    region.crash();
-    let late = Client::connect(&region).await;
+    regions.iter_mut().for_each(Region::crash);
+    let late = Client::connect(&regions[count - 1]).await;
     let found = late.find(&near).await;
     shows(&found, &expected).await;
     let heads = |handle: &DocHandle| handle.with_document(|document| document.get_heads());
@@ -160,27 +161,46 @@ async fn two_repositories_converge_through_a_region_and_across_its_restarts(kind
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_repositories_converge_through_a_region_on_sqlite() {
-    two_repositories_converge_through_a_region_and_across_its_restarts(Kind::Sqlite).await;
+    two_repositories_converge_through_regions_and_across_their_restarts(Kind::Sqlite, 1).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_repositories_converge_through_a_region_on_postgres() {
-    two_repositories_converge_through_a_region_and_across_its_restarts(Kind::Postgres).await;
+    two_repositories_converge_through_regions_and_across_their_restarts(Kind::Postgres, 1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_repositories_converge_across_two_regions_on_sqlite() {
+    two_repositories_converge_through_regions_and_across_their_restarts(Kind::Sqlite, 2).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_repositories_converge_across_two_regions_on_postgres() {
+    two_repositories_converge_through_regions_and_across_their_restarts(Kind::Postgres, 2).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_unknown_document_is_unavailable_until_somebody_makes_it() {
-    let region = Region::start(Kind::Sqlite).await;
+    unavailable_until_somebody_makes_it(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unknown_document_is_unavailable_until_somebody_makes_it_in_another_region() {
+    unavailable_until_somebody_makes_it(2).await;
+}
+
+async fn unavailable_until_somebody_makes_it(count: usize) {
+    let regions = Region::start_linked(Kind::Sqlite, count).await;
     let offline = Repo::build_tokio().load().await;
     let made = offline.create(Automerge::new()).await.unwrap();
     add(&made, "made offline");
 
-    let reader = Client::connect(&region).await;
+    let reader = Client::connect(&regions[0]).await;
     let missing = in_time("the answer", reader.repo.find(made.document_id().clone())).await.unwrap();
     assert!(missing.is_none());
 
     let (_, mut states) = reader.repo.search(made.document_id().clone()).unwrap();
-    let url = Url::parse(&region.url()).unwrap();
+    let url = Url::parse(&regions[count - 1].url()).unwrap();
     offline.dial(BackoffConfig::default(), Arc::new(WebSocketDialer(url))).unwrap();
     let arrival = async {
         loop {
@@ -194,18 +214,27 @@ async fn an_unknown_document_is_unavailable_until_somebody_makes_it() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn samod_and_the_javascript_client_edit_one_document() {
+    edited_by_samod_and_javascript(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn samod_and_the_javascript_client_edit_one_document_from_two_regions() {
+    edited_by_samod_and_javascript(2).await;
+}
+
+async fn edited_by_samod_and_javascript(count: usize) {
     if !Path::new(INTEROP).join("node_modules").exists() {
         println!("SKIPPED: the JavaScript client is not installed (npm ci in server/tests/interop)");
         return;
     }
-    let region = Region::start(Kind::Sqlite).await;
-    let client = Client::connect(&region).await;
+    let regions = Region::start_linked(Kind::Sqlite, count).await;
+    let client = Client::connect(&regions[0]).await;
     let handle = client.repo.create(Automerge::new()).await.unwrap();
     add(&handle, "samod");
     client.saved(&handle).await;
 
     let node = Command::new("node")
-        .args(["partner.mjs", &region.url(), &handle.url().to_string()])
+        .args(["partner.mjs", &regions[count - 1].url(), &handle.url().to_string()])
         .current_dir(INTEROP)
         .stdout(Stdio::piped())
         .spawn()

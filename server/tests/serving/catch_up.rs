@@ -11,11 +11,10 @@ use isobar::storage::memory::MemoryStorage;
 use isobar::storage::{NewBase, Storage, StoredOrigin};
 use isobar_protocol::ids::{ChangeHash, DocumentId, PlacementGroup, Seq};
 use isobar_protocol::link::DocumentContents;
-use isobar_protocol::replica::LinkId;
 
 mod logs;
 
-use crate::support::{Client, Node, document_id, eventually, get, in_time, put, settings};
+use crate::support::{Client, Node, document_id, eventually, get, in_time, linked_to, put, settings};
 
 /// Frames of which a large document takes several.
 const SMALL: FrameLimits =
@@ -42,18 +41,6 @@ fn group() -> PlacementGroup {
 
 fn replication(node: &Node) -> &Replication {
     node.parts.replication.as_ref().unwrap()
-}
-
-/// The link to a region, once it is up.
-async fn linked(node: &Node, region: &str) -> LinkId {
-    let mut link = None;
-    eventually("the regions are linked", async || {
-        let links = replication(node).view().links;
-        link = links.iter().find(|it| it.region.as_str() == region).map(|it| it.link);
-        link.is_some()
-    })
-    .await;
-    link.unwrap()
 }
 
 /// A document of a change for each count of kilobytes, which hardly can be compressed.
@@ -106,11 +93,11 @@ async fn a_document_too_large_for_one_frame_is_found_in_another_region() {
     let mut doc = document_of(&[300, 500, 200, 1]);
     place(&frankfurt, &document, &mut doc).await;
     let virginia = Node::start_with(region("virginia", &key, &[&frankfurt]), here.reopen()).await;
-    let link = linked(&virginia, "frankfurt").await;
+    let link = linked_to(&virginia, "frankfurt").await;
 
     assert_eq!(search(&virginia, &document).await, SearchOutcome::Found);
     assert_eq!(stored(&here, &document).await, hashes(&mut doc));
-    assert_eq!(linked(&virginia, "frankfurt").await, link, "the link was closed");
+    assert_eq!(linked_to(&virginia, "frankfurt").await, link, "the link was closed");
 }
 
 #[tokio::test]
@@ -124,14 +111,14 @@ async fn a_region_that_takes_no_parts_is_not_given_what_is_too_large_and_stays_l
     place(&frankfurt, &small, &mut doc).await;
     let older = Settings { frame_limits: WHOLE_ONLY, ..region("virginia", &key, &[&frankfurt]) };
     let virginia = Node::start_with(older, here.reopen()).await;
-    let link = linked(&virginia, "frankfurt").await;
+    let link = linked_to(&virginia, "frankfurt").await;
 
     assert_eq!(search(&virginia, &large).await, SearchOutcome::Absent);
     let withheld = "isobar_contents_withheld_total{reason=\"too_large\"}";
     assert_eq!(frankfurt.metric(withheld).await, 1.0);
     assert_eq!(search(&virginia, &small).await, SearchOutcome::Found);
     assert_eq!(stored(&here, &small).await, hashes(&mut doc));
-    assert_eq!(linked(&virginia, "frankfurt").await, link, "the link was closed");
+    assert_eq!(linked_to(&virginia, "frankfurt").await, link, "the link was closed");
 }
 
 /// A base is made of a quiet document with so many changes.
@@ -189,12 +176,12 @@ async fn a_snapshot_brings_a_document_too_large_for_one_frame_and_what_stands_be
     let (there, here) = (truncated(&mut documents).await, MemoryStorage::new());
     let frankfurt = Node::start_with(region("frankfurt", &key, &[]), there.reopen()).await;
     let virginia = Node::start_with(region("virginia", &key, &[&frankfurt]), here.reopen()).await;
-    let link = linked(&virginia, "frankfurt").await;
+    let link = linked_to(&virginia, "frankfurt").await;
     caught_up(&virginia, &frankfurt).await;
     for (document, doc) in &mut documents {
         assert_eq!(stored(&here, document).await, hashes(doc));
     }
-    assert_eq!(linked(&virginia, "frankfurt").await, link, "the link was closed");
+    assert_eq!(linked_to(&virginia, "frankfurt").await, link, "the link was closed");
     assert_eq!(virginia.metric("isobar_documents_missing").await, 0.0);
 }
 
@@ -250,10 +237,10 @@ async fn what_a_snapshot_lacks_is_known_survives_a_restart_and_comes_from_anothe
     virginia.kill().await;
 
     let virginia = Node::start_with(region("virginia", &key, &[&frankfurt]), here.reopen()).await;
-    linked(&virginia, "frankfurt").await;
+    linked_to(&virginia, "frankfurt").await;
     lacks(&virginia, &[&damaged, &large]).await;
     let paris = Node::start_with(region("paris", &key, &[&virginia]), elsewhere.reopen()).await;
-    linked(&paris, "virginia").await;
+    linked_to(&paris, "virginia").await;
     lacks(&virginia, &[]).await;
     for (document, doc) in &mut documents {
         assert_eq!(stored(&here, document).await, hashes(doc));

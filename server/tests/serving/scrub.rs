@@ -19,6 +19,8 @@ use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
+mod damaged_log;
+
 use crate::support::{
     Client, FaultyStorage, Node, document_id, eventually, get, in_time, number, put, settings,
 };

@@ -8,7 +8,7 @@ mod node;
 mod storage;
 
 pub use client::{Client, Ended, Heard, document_id, number, put};
-pub use node::{Node, ask, get, settings};
+pub use node::{Node, ask, get, linked_to, settings};
 pub use storage::{Faults, FaultyStorage, append};
 
 /// How long anything may take that is expected to happen. Far beyond what it takes, so that a busy machine fails

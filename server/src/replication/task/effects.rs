@@ -4,13 +4,12 @@ use std::panic::AssertUnwindSafe;
 
 use futures_util::FutureExt;
 use isobar_protocol::ids::{OriginId, Seq};
-use isobar_protocol::replica::{Effect, LinkId, LogRead, LogSlice, ReceivedRun};
+use isobar_protocol::replica::{Effect, LinkId, LogRead, ReceivedRun};
 use tokio::sync::oneshot;
 
 use super::Task;
-use crate::replication::Event;
 use crate::replication::snapshot::{self, Audience};
-use crate::storage::{StorageError, StoredRun};
+use crate::replication::{Event, stored_log};
 
 impl Task {
     /// Performs effects until there are none: some are answered at once, which makes more.
@@ -91,19 +90,13 @@ impl Task {
         // Only what the database says to be the end is one: a sibling may have stored more.
         let recent = self.parts.committer.recent_log().read(origin, after, bytes_max);
         if let Some(runs) = recent.filter(|runs| !runs.is_empty()) {
-            let read = LogRead::Runs(runs.into_iter().map(slice).collect());
+            let read = LogRead::Runs(runs.into_iter().map(stored_log::slice).collect());
             return self.replica.log_read(self.now(), link, origin, after, read);
         }
-        let storage = self.parts.storage.clone();
+        let end = self.replica.position(origin);
+        let parts = self.parts.clone();
         self.spawn(async move {
-            let read = match storage.read_log(origin, after, bytes_max).await {
-                Ok(runs) => LogRead::Runs(runs.into_iter().map(slice).collect()),
-                Err(StorageError::Truncated { floor }) => LogRead::Truncated { floor },
-                Err(error) => {
-                    tracing::warn!(%error, "log not read");
-                    LogRead::Failed
-                }
-            };
+            let read = stored_log::read(&parts.storage, &parts.metrics, origin, after, bytes_max, end).await;
             Event::LogRead { link, origin, after, read }
         });
     }
@@ -124,8 +117,4 @@ impl Task {
             Event::Stored { origin, last, outcome: stored.await }
         });
     }
-}
-
-fn slice(run: StoredRun) -> LogSlice {
-    LogSlice { first: run.first, last: run.last, chain_before: run.chain_before, body: run.body }
 }

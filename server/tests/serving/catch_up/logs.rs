@@ -56,7 +56,7 @@ async fn logs_go_when_all_have_them_and_not_below_what_a_silent_region_has() {
     let (there, here) = (MemoryStorage::new(), MemoryStorage::new());
     let frankfurt = Node::start_with(keeping("frankfurt", &key, &[]), there.reopen()).await;
     let virginia = Node::start_with(keeping("virginia", &key, &[&frankfurt]), here.reopen()).await;
-    linked(&frankfurt, "virginia").await;
+    linked_to(&frankfurt, "virginia").await;
     let (document, origin) = (document_id("document"), own_origin(&frankfurt));
     let mut author = author(&frankfurt, &document).await;
     edit(&mut author, &document, 5).await;
@@ -144,7 +144,7 @@ async fn a_region_that_was_removed_can_be_forgotten_and_holds_nothing_any_more()
     let there = MemoryStorage::new();
     let frankfurt = Node::start_with(keeping("frankfurt", &key, &[]), there.reopen()).await;
     let virginia = Node::start_with(region("virginia", &key, &[&frankfurt]), MemoryStorage::new()).await;
-    linked(&frankfurt, "virginia").await;
+    linked_to(&frankfurt, "virginia").await;
     let forget = async || ask(frankfurt.admin, "DELETE", "/admin/v1/peers/virginia").await.0;
     assert_eq!(forget().await, 409, "it is linked");
     virginia.stop().await.unwrap();
@@ -216,7 +216,7 @@ async fn an_empty_region_joins_behind_a_truncated_log_while_the_world_goes_on() 
     assert!(before < listed, "the snapshot came too fast to be interrupted");
     edit(&mut author, &live, 2).await;
     proxy.heal();
-    linked(&virginia, "frankfurt").await;
+    linked_to(&virginia, "frankfurt").await;
     edit(&mut author, &live, 2).await;
     caught_up(&virginia, &frankfurt).await;
     assert_eq!(came().await, listed, "each document came once: it went on where it was");

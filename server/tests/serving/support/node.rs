@@ -6,12 +6,13 @@ use std::sync::Arc;
 use isobar::app::App;
 use isobar::config::{ServeArgs, Settings};
 use isobar::storage::Storage;
+use isobar_protocol::replica::LinkId;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
-use super::in_time;
+use super::{eventually, in_time};
 
 pub struct Node {
     pub clients: SocketAddr,
@@ -31,6 +32,18 @@ pub fn settings() -> Settings {
     settings.listen.set_port(0);
     settings.admin_listen.set_port(0);
     settings
+}
+
+/// A node's link to a region, once it is up.
+pub async fn linked_to(node: &Node, region: &str) -> LinkId {
+    let mut link = None;
+    eventually("the regions are linked", async || {
+        let links = node.parts.replication.as_ref().unwrap().view().links;
+        link = links.iter().find(|it| it.region.as_str() == region).map(|it| it.link);
+        link.is_some()
+    })
+    .await;
+    link.unwrap()
 }
 
 impl Node {
