@@ -47,7 +47,7 @@ struct Arguments {
     #[command(subcommand)]
     command: Option<Subcommands>,
 
-    /// Small sizes and one round: under three minutes instead of twenty-five. Leaves the scenarios on the large document
+    /// Small sizes and one round: some three minutes instead of half an hour. Leaves the scenarios on the large document
     /// out unless they are named.
     #[arg(long)]
     quick: bool,

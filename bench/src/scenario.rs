@@ -101,7 +101,7 @@ impl Sizes {
         }
     }
 
-    /// Under twenty-five minutes for all servers.
+    /// About half an hour for all servers.
     pub fn full() -> Self {
         Self {
             rounds: 3,
