@@ -63,32 +63,29 @@ async fn replace(connection: &mut SqliteConnection, run: LoggedRun) {
     assert_eq!(update.rows_affected(), 1);
 }
 
-#[tokio::test]
-async fn a_damaged_change_in_the_log_costs_neither_the_link_nor_a_document() {
+/// What is damaged is found, and held back.
+async fn held_back(damage: impl FnOnce(&mut LoggedRun)) {
     let found = joined_after(async |connection, mut run| {
-        *run.body.last_mut().unwrap() ^= 1;
+        damage(&mut run);
         replace(connection, run).await;
     });
     assert!(found.await >= 1.0);
+}
+
+#[tokio::test]
+async fn a_damaged_change_in_the_log_costs_neither_the_link_nor_a_document() {
+    held_back(|run| *run.body.last_mut().unwrap() ^= 1).await;
 }
 
 #[tokio::test]
 async fn a_damaged_document_id_in_the_log_is_not_taken_for_another_document() {
-    let found = joined_after(async |connection, mut run| {
-        // After the version, the kind and the length.
-        run.body[4] ^= 1;
-        replace(connection, run).await;
-    });
-    assert!(found.await >= 1.0);
+    // After the version, the kind and the length.
+    held_back(|run| run.body[4] ^= 1).await;
 }
 
 #[tokio::test]
 async fn a_damaged_chain_in_the_log_is_not_taken_for_another_log() {
-    let found = joined_after(async |connection, mut run| {
-        run.chain_before[0] ^= 1;
-        replace(connection, run).await;
-    });
-    assert!(found.await >= 1.0);
+    held_back(|run| run.chain_before[0] ^= 1).await;
 }
 
 #[tokio::test]
